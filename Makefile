@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up what they need; nothing else has to be installed but Python, a compiler and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On a laptop without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small CPU build of torch.
+TORCH_INDEX ?=
+PIP_FLAGS := --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help install demo test check format protos clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make the virtual environment
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Diptych needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --progress-bar on -e '.[serve,dev]'
+	@touch $@
+
+demo: install  ## one command: a real model answers through router, prefill, store and decode
+	$(BIN)/diptych demo
+
+test: install  ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+check: install  ## ruff, mypy and the fast tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not cluster" -q
+
+format: install  ## let ruff rewrite
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+protos: install  ## generate the modules of protos/v1 anew
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/v1/*.proto
+
+clean:  ## remove what was installed and cached
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

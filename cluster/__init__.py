@@ -1,0 +1,1 @@
+"""Ray: actors, controller, local cluster. Ray is imported here only."""

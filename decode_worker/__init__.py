@@ -1,0 +1,1 @@
+"""Continues sequences: reserve, pull pages, join the batch, stream."""

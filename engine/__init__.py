@@ -1,0 +1,1 @@
+"""What both workers share: model, weights, tokenizer, batch, runner, sampling. No gRPC, no Ray, no Redis."""

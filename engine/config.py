@@ -1,0 +1,38 @@
+"""What a worker is told at its start. Plain data: it travels to a Ray actor."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of one engine. `num_pages` counts pages of `page_size` tokens for all layers."""
+
+    page_size: int = 64
+    num_pages: int = 256
+    token_budget: int = 512  # most tokens in one step, prefill chunks and decode rows together
+    max_sequences: int = 64  # most sequences in one step
+    max_waiting: int = 1024  # most sequences that wait for room
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.token_budget < self.max_sequences:
+            raise ValueError(
+                f"token_budget ({self.token_budget}) must hold a token of each of max_sequences ({self.max_sequences})"
+            )
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One worker of either pool. `model` is a directory that `engine.hub.resolve` returned."""
+
+    worker_id: str
+    model: str
+    redis_url: str
+    cluster: str = "diptych"  # prefix of every key in Redis
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free port
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    transports: tuple[str, ...] = ("shm", "tcp")  # offered to readers, best first
+    tenant_secret: str = ""

@@ -1,0 +1,1 @@
+"""The hinge: page pool, identity, directory, transports."""

@@ -1,0 +1,1 @@
+"""Computes prompts: admit, chunk, run, publish pages, first token out."""

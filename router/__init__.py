@@ -1,0 +1,1 @@
+"""One request's life: admission, placement, dispatch, streams. No torch, no Ray."""

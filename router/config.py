@@ -1,0 +1,20 @@
+"""What a router is told at its start. Plain data: it travels to a Ray actor."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """One router. `model` is a directory that `engine.hub.resolve` returned; `model_id` is what clients call it."""
+
+    router_id: str
+    model: str
+    model_id: str
+    redis_url: str
+    cluster: str = "diptych"
+    host: str = "127.0.0.1"
+    port: int = 50051  # 0: any free port
+    max_inflight: int = 512  # requests admitted at once; more are refused with Overloaded
+    max_prompt_bytes: int = 4 * 1024 * 1024
+    default_deadline_s: float = 600.0  # for calls that bring none
+    tenant_secret: str = ""

@@ -1,0 +1,1 @@
+"""What the workers of both pools share around the engine: service, loop, registration."""
