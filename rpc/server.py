@@ -67,9 +67,7 @@ class _MalformedRequests(grpc.aio.ServerInterceptor):
 
 
 async def _refuse(context: Any, request: Malformed) -> None:
-    await status.abort(
-        context, errors.InvalidRequest(f"the message does not parse: {request.reason}", field="message")
-    )
+    await status.abort(context, errors.InvalidRequest(f"the message does not parse: {request.reason}", field="message"))
 
 
 def _checked_unary(behaviour: Any) -> Any:

@@ -1,0 +1,49 @@
+"""One sequence in one engine."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.sampling_params import SamplingParams
+from kvstore.keys import PageKey
+from kvstore.pool import Credit, PageId
+
+
+class Finish(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, and the pages that hold their K and V.
+
+    `tokens` is the prompt and what was sampled after it; the first `computed` of them have K and V in `pages`.
+    The first `sealed` pages are sealed and this sequence reads them; the others it writes.
+    """
+
+    request_id: str
+    tokens: list[int]
+    prompt_len: int
+    max_len: int  # ends with LENGTH when it has this many tokens
+    sampling: SamplingParams
+    end_ids: frozenset[int]
+    keys: list[PageKey]  # of the full pages, as far as they are known
+    pages: list[PageId] = field(default_factory=list)
+    credit: Credit | None = None
+    computed: int = 0
+    sealed: int = 0
+    prefix_pages: int = 0  # pages that were found, not computed
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose K and V are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    def append(self, token: int) -> Finish | None:
+        """Take a sampled token; says whether it was the last."""
+        self.tokens.append(token)
+        if token in self.end_ids:
+            return Finish.STOP
+        return Finish.LENGTH if len(self.tokens) >= self.max_len else None

@@ -1,0 +1,66 @@
+"""A role without model, network or threads: the engine's runner and the puller are scripted."""
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.scheduler import Scheduler
+from kvstore.keys import PageKey, pack_keys, pack_tokens, page_keys
+from kvstore.pool import PagePool
+from protos.v1 import common_pb2, worker_pb2
+
+ROOT = PageKey(bytes(16))
+PAGE = 4
+
+
+class CountingRunner:
+    """Samples 1000, 1001, ... for each sequence by its length, so every token is known beforehand."""
+
+    def __init__(self) -> None:
+        self.fail: Exception | None = None
+
+    def run(self, chunks) -> list[int]:
+        if self.fail:
+            raise self.fail
+        return [1000 + len(chunk.sequence.tokens) for chunk in chunks if chunk.is_last]
+
+
+def make_engine(num_pages=16, **config) -> tuple[Engine, CountingRunner]:
+    settings = {"page_size": PAGE, "num_pages": num_pages, "token_budget": 8, "max_sequences": 4, "max_waiting": 4}
+    scheduler = Scheduler(PagePool(num_pages), EngineConfig(**(settings | config)), ROOT)
+    runner = CountingRunner()
+    return Engine(scheduler, runner), runner
+
+
+def request(kind, request_id, tokens, max_tokens=8, deadline_s=60.0, end_ids=(), **extra):
+    """A RouterMessage of the kind `prefill` or `decode`."""
+    tokens = list(tokens)
+    body = {
+        "request_id": request_id,
+        "token_ids": pack_tokens(tokens),
+        "page_keys": pack_keys(page_keys(ROOT, tokens, PAGE)),
+        "sampling": common_pb2.SamplingParams(max_tokens=max_tokens),
+        "end_token_ids": end_ids,
+        "deadline_s": deadline_s,
+    } | extra
+    message = worker_pb2.Prefill(**body) if kind == "prefill" else worker_pb2.Decode(**body)
+    return worker_pb2.RouterMessage(**{kind: message})
+
+
+def cancel(request_id):
+    return worker_pb2.RouterMessage(cancel=worker_pb2.Cancel(request_id=request_id))
+
+
+def release(request_id):
+    return worker_pb2.RouterMessage(release=worker_pb2.Release(request_id=request_id))
+
+
+def updates(role, router="r") -> list[worker_pb2.SequenceUpdate]:
+    """What the role has emitted for a router since the last call."""
+    return role.take_updates().get(router, [])
+
+
+def assert_empty(role) -> None:
+    """Nothing is held or promised."""
+    assert role.idle
+    assert role.pool.held_pages == 0
+    assert role.pool.available_pages == role.pool.total_pages
+    assert not role.engine.scheduler.has_work

@@ -1,0 +1,256 @@
+"""Bad input and faults on real processes: typed errors that name field or stage, nothing leaked or disturbed."""
+
+import asyncio
+import signal
+import time
+
+import grpc.aio
+import pytest
+import pytest_asyncio
+
+from diptych.client import Client
+from engine.config import EngineConfig
+from protos import errors
+from protos.v1 import inference_pb2, inference_pb2_grpc
+from stack import Stack
+from tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+PROMPT = list(range(3, 103))
+LONG = [3 + index % 200 for index in range(1900)]  # hundreds of chunks under the budget below
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory):
+    model = make_tiny_model(tmp_path_factory.mktemp("model"))
+    engine = EngineConfig(page_size=16, num_pages=400, token_budget=4, max_sequences=4, dtype="float32")
+    async with Stack(model, 1, 1, engine) as stack:
+        yield stack
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def undisturbed(stack):
+    """Beside every test another request runs from start to end; after it nothing is held."""
+    before = await stack.client.complete(token_ids=PROMPT, max_tokens=8, ignore_eos=True)
+    yield
+    after = await stack.client.complete(token_ids=PROMPT, max_tokens=8, ignore_eos=True)
+    assert after.token_ids == before.token_ids
+    await stack.assert_nothing_held()
+
+
+BAD = {
+    "no prompt": ({}, "prompt"),
+    "empty text": ({"text": ""}, "text"),
+    "no messages": ({"messages": []}, "chat"),
+    "a role that is not one": ({"messages": [{"role": "wizard", "content": "hi"}]}, "role"),
+    "no tokens": ({"token_ids": []}, "tokens"),
+    "a token out of range": ({"token_ids": [3, 10**6]}, "tokens"),
+    "an over-long prompt": ({"token_ids": [5] * 2100}, "prompt"),
+    "10 MB of text": ({"text": "a" * 10_000_000}, "text"),
+    "negative temperature": ({"text": "hi", "temperature": -1.0}, "temperature"),
+    "temperature NaN": ({"text": "hi", "temperature": float("nan")}, "temperature"),
+    "top_p of 0": ({"text": "hi", "top_p": 0.0}, "top_p"),
+    "top_p NaN": ({"text": "hi", "top_p": float("nan")}, "top_p"),
+    "negative top_k": ({"text": "hi", "top_k": -1}, "top_k"),
+    "max_tokens of 0": ({"text": "hi", "max_tokens": 0}, "max_tokens"),
+    "an empty stop string": ({"text": "hi", "stop": [""]}, "stop"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=list(BAD))
+async def test_bad_input_names_its_field(stack, case):
+    options, field = BAD[case]
+    with pytest.raises(errors.InvalidRequest) as caught:
+        await stack.client.complete(**options)
+    assert field in caught.value.field
+
+
+async def test_an_unknown_model_is_refused_by_name(stack):
+    with pytest.raises(errors.UnknownModel, match="gpt-9"):
+        await stack.client.complete(text="hi", model="gpt-9")
+
+
+async def test_bytes_that_are_no_utf8_are_refused_as_a_bad_message(stack):
+    async with grpc.aio.insecure_channel(stack.router.address) as channel:
+        call = channel.unary_stream(
+            "/diptych.v1.Inference/Generate",
+            request_serializer=bytes,
+            response_deserializer=inference_pb2.GenerateResponse.FromString,
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call(b"\x12\x02\xff\xfe", timeout=10):  # field 2 (text), two bytes that are no UTF-8
+                pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_deadline_that_has_passed_is_refused(stack):
+    with pytest.raises(errors.DeadlineExceeded):
+        await stack.client.complete(text="hi", deadline_s=0.000001)
+
+
+async def test_a_deadline_during_prefill_ends_everything(stack):
+    with pytest.raises(errors.DeadlineExceeded):
+        await stack.client.complete(token_ids=LONG, max_tokens=4, deadline_s=0.15)
+
+
+async def test_a_deadline_during_decode_ends_everything(stack):
+    with pytest.raises(errors.DeadlineExceeded):
+        await stack.client.complete(token_ids=PROMPT, max_tokens=1900, ignore_eos=True, deadline_s=0.6)
+
+
+async def test_cancel_before_prefill(stack):
+    task = asyncio.create_task(stack.client.complete(token_ids=LONG, max_tokens=4))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_cancel_during_prefill(stack):
+    task = asyncio.create_task(stack.client.complete(token_ids=LONG, max_tokens=4))
+    await until(lambda load: load.queued_tokens > 0, stack)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await stack.assert_nothing_held(within_s=2.0)
+
+
+async def test_cancel_during_decode(stack):
+    stream = stack.client.generate(token_ids=PROMPT, max_tokens=1500, ignore_eos=True)
+    seen = 0
+    async for chunk in stream:
+        seen += len(chunk.token_ids)
+        if seen > 5:
+            break
+    await stream.aclose()
+    await stack.assert_nothing_held(within_s=2.0)
+
+
+async def test_a_client_that_vanishes_frees_everything(stack):
+    """Its connection is cut without a word, as by a crash."""
+    channel = grpc.aio.insecure_channel(stack.router.address)
+    request = inference_pb2.GenerateRequest()
+    request.tokens.ids.extend(PROMPT)
+    request.sampling.max_tokens = 1500
+    request.sampling.ignore_eos = True
+    call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+    await call.read()
+    await channel.close(grace=None)
+    await stack.assert_nothing_held(within_s=2.0)
+
+
+async def test_a_client_that_reads_nothing_loses_nothing(stack):
+    async with grpc.aio.insecure_channel(stack.router.address) as channel:
+        request = inference_pb2.GenerateRequest()
+        request.tokens.ids.extend(PROMPT)
+        request.sampling.max_tokens = 300
+        request.sampling.ignore_eos = True
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60)
+        await asyncio.sleep(1.5)  # the answer is long done
+        slow = [token async for response in call for token in response.token_ids]
+    fast = await stack.client.complete(token_ids=PROMPT, max_tokens=300, ignore_eos=True)
+    assert tuple(slow) == fast.token_ids
+
+
+async def test_a_prefill_worker_killed_during_prefill_is_only_a_pause(stack):
+    expected = await stack.client.complete(token_ids=LONG[1:], max_tokens=4, ignore_eos=True)
+    victim = stack.prefill[0]
+    victim.process.send_signal(signal.SIGSTOP)  # so that it is certainly in the middle
+    task = asyncio.create_task(stack.client.complete(token_ids=LONG[1:], max_tokens=4, ignore_eos=True, deadline_s=30))
+    await asyncio.sleep(0.3)
+    await victim.kill()
+    stack.prefill.remove(victim)
+    await stack.add("prefill")
+    answer = await task
+    assert answer.token_ids == expected.token_ids
+    assert answer.stats.prefill_attempts == 2
+
+
+async def test_a_decode_worker_killed_mid_stream_is_a_typed_error_within_two_seconds(stack):
+    victim = stack.decode[0]
+    stream = stack.client.generate(token_ids=PROMPT, max_tokens=1500, ignore_eos=True)
+    with pytest.raises(errors.WorkerLost) as caught:
+        async for chunk in stream:
+            if chunk.token_ids and victim.alive:
+                await victim.kill()
+                killed = time.monotonic()
+    assert time.monotonic() - killed < 2.0
+    assert caught.value.stage == "decode"
+    stack.decode.remove(victim)
+    await stack.add("decode")
+
+
+async def test_a_request_that_finds_no_worker_says_which_pool_is_empty(stack):
+    victim = stack.decode.pop()
+    await victim.stop()
+    try:
+        with pytest.raises(errors.NoWorkers, match="decode"):
+            await stack.client.complete(token_ids=PROMPT, max_tokens=4, deadline_s=8)
+    finally:
+        await stack.add("decode")
+
+
+async def test_requests_go_on_while_redis_is_down_and_workers_announce_again(stack):
+    stream = stack.client.generate(token_ids=PROMPT, max_tokens=200, ignore_eos=True)
+    ids = (await anext(stream)).token_ids
+    await asyncio.to_thread(stack.valkey.stop)
+    ids += tuple([token async for chunk in stream for token in chunk.token_ids])
+    assert len(ids) == 200
+    down = await stack.client.complete(token_ids=PROMPT, max_tokens=8, ignore_eos=True)
+    assert down.token_ids == ids[:8]
+    await asyncio.to_thread(stack.valkey.start)  # empty, at the same address
+    await asyncio.sleep(5.0)  # longer than a lease
+    back = await stack.client.complete(token_ids=PROMPT, max_tokens=8, ignore_eos=True)
+    assert back.token_ids == ids[:8]
+    assert back.stats.prefill_prefix_pages == 6
+
+
+async def test_a_router_that_is_killed_leaves_nothing_in_the_workers(stack):
+    second = await stack.spawn("router", stack.router_configuration() | {"router_id": "router-1"})
+    client = Client(second.address)
+    stream = client.generate(token_ids=PROMPT, max_tokens=1500, ignore_eos=True)
+    await anext(stream)
+    await second.kill()
+    with pytest.raises(errors.DiptychError):
+        async for _ in stream:
+            pass
+    await client.close()
+    await stack.assert_nothing_held(within_s=2.0)
+
+
+async def until(condition, stack, within_s=5.0) -> None:
+    """Wait until some worker's load fulfils the condition."""
+    deadline = time.monotonic() + within_s
+    while not any(condition(description.load) for description in await stack.descriptions()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def start(kind: str, stack: Stack, **settings) -> str:
+    """Start a service that must fail; returns what it said."""
+    base = stack.router_configuration() if kind == "router" else stack.worker_settings(kind)
+    with pytest.raises(RuntimeError) as caught:
+        await stack.spawn(kind, base | settings)
+    return str(caught.value)
+
+
+async def test_a_taken_port_is_named(stack):
+    port = int(stack.router.address.rsplit(":", 1)[1])
+    said = await start("router", stack, port=port)
+    assert "port_taken" in said
+    assert str(port) in said
+
+
+@pytest.mark.parametrize("kind", ["router", "prefill"])
+async def test_redis_down_at_start_is_named(stack, kind):
+    said = await start(kind, stack, redis_url="redis://:secret@127.0.0.1:1/0")
+    assert "metadata_unavailable" in said
+    assert "127.0.0.1:1" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("kind", ["router", "decode"])
+async def test_a_model_that_is_not_there_is_named(stack, kind, tmp_path):
+    said = await start(kind, stack, model=str(tmp_path / "nowhere"))
+    assert "model_unusable" in said
+    assert "nowhere" in said

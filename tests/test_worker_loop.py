@@ -1,0 +1,78 @@
+"""The thread that owns a role: messages in, updates out, nothing lost when a step fails or a router changes."""
+
+import asyncio
+
+import pytest
+import pytest_asyncio
+from role_kit import assert_empty, make_engine, release, request
+
+from prefill_worker.role import PrefillRole
+from worker.loop import WorkerLoop
+from worker.outbox import Outbox
+
+
+@pytest_asyncio.fixture
+async def kit():
+    engine, runner = make_engine()
+    role = PrefillRole(engine)
+    loop = WorkerLoop(role)
+    loop.start()
+    yield loop, role, runner
+    await asyncio.to_thread(loop.stop)
+    assert not loop.alive
+    assert_empty(role)
+
+
+async def attach(loop: WorkerLoop, router: str = "r") -> Outbox:
+    outbox = Outbox(asyncio.get_running_loop())
+    loop.attach(router, outbox)
+    return outbox
+
+
+async def until_token(outbox: Outbox) -> int:
+    while True:
+        step = await asyncio.wait_for(outbox.take(), 5)
+        for update in step.updates:
+            if update.token_ids:
+                return update.token_ids[0]
+
+
+async def test_a_message_becomes_a_token(kit):
+    loop, _, _ = kit
+    outbox = await attach(loop)
+    loop.handle("r", request("prefill", "a", range(10)))
+    assert await until_token(outbox) == 1010
+    loop.handle("r", release("a"))
+
+
+async def test_call_gives_results_and_errors_of_the_loops_thread(kit):
+    loop, role, _ = kit
+    assert await asyncio.wrap_future(loop.call(lambda: role.load().total_pages)) == 16
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wrap_future(loop.call(lambda: 1 // 0))
+
+
+async def test_a_failed_step_is_answered_and_the_loop_goes_on(kit):
+    loop, _, runner = kit
+    outbox = await attach(loop)
+    runner.fail = RuntimeError("broken")
+    loop.handle("r", request("prefill", "a", range(10)))
+    step = await asyncio.wait_for(outbox.take(), 5)
+    assert (step.updates[0].error.code, step.updates[0].error.request_id) == ("internal", "a")
+    runner.fail = None
+    loop.handle("r", request("prefill", "b", range(4)))
+    assert await until_token(outbox) == 1004
+    loop.handle("r", release("b"))
+
+
+async def test_a_new_stream_of_a_router_ends_what_the_old_one_began(kit):
+    loop, role, _ = kit
+    old = await attach(loop)
+    loop.handle("r", request("prefill", "a", range(10)))
+    await until_token(old)
+    new = await attach(loop)
+    loop.detach("r", old)  # the old stream notices late: the new one must not suffer
+    loop.handle("r", request("prefill", "a", range(10)))
+    assert await until_token(new) == 1010
+    assert await asyncio.wrap_future(loop.call(lambda: role.pool.held_pages)) == 3
+    loop.detach("r", new)

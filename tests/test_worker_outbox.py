@@ -1,0 +1,35 @@
+"""Updates for one router wait for its stream, in order, and leave together."""
+
+import asyncio
+
+import pytest
+
+from protos.v1 import worker_pb2
+from worker.outbox import Outbox
+
+
+def update(token: int) -> worker_pb2.SequenceUpdate:
+    return worker_pb2.SequenceUpdate(request_id="a", token_ids=[token])
+
+
+def tokens(step: worker_pb2.Step) -> list[int]:
+    return [token for update in step.updates for token in update.token_ids]
+
+
+async def test_what_waits_leaves_as_one_message_in_order():
+    outbox = Outbox(asyncio.get_running_loop())
+    for token in range(5):
+        await asyncio.to_thread(outbox.post, [update(token)], worker_pb2.WorkerLoad(running=token))
+    step = await asyncio.wait_for(outbox.take(), 1)
+    assert tokens(step) == [0, 1, 2, 3, 4]
+    assert step.load.running == 4
+    await asyncio.to_thread(outbox.post, [update(5)], worker_pb2.WorkerLoad())
+    assert tokens(await asyncio.wait_for(outbox.take(), 1)) == [5]
+
+
+async def test_take_waits_for_something():
+    outbox = Outbox(asyncio.get_running_loop())
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outbox.take(), 0.05)
+    outbox.post([update(1)], worker_pb2.WorkerLoad())
+    assert tokens(await asyncio.wait_for(outbox.take(), 1)) == [1]

@@ -1,0 +1,179 @@
+"""A worker from start to stop: model, pool, engine, transports, service, registration."""
+
+import asyncio
+import secrets
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Self
+
+import grpc.aio
+import torch
+
+from engine.config import WorkerConfig
+from engine.engine import Engine
+from engine.loader import LoadedModel, load_model
+from engine.runner import ModelRunner
+from engine.scheduler import Scheduler
+from engine.tokenizer import Tokenizer
+from kvstore.announcer import Announcer
+from kvstore.directory import WorkerRecord
+from kvstore.keys import root_key
+from kvstore.page_format import PageFormat
+from kvstore.pool import PagePool
+from kvstore.redis_directory import RedisDirectoryWriter
+from kvstore.segment import Segment
+from kvstore.transports import registry
+from protos.errors import DeadlineExceeded
+from protos.v1 import worker_pb2, worker_pb2_grpc
+from rpc.server import RpcServer, start_server
+from worker.loop import WorkerLoop
+from worker.role import Role
+from worker.service import WorkerService
+
+# Routers poll the directory twice a second, so by then none of them sends anything new to a draining worker.
+_DRAIN_SETTLES_S = 2.0
+_CALL_S = 5.0
+_FIRST_LEASE_S = 3.0
+
+
+class WorkerHost(ABC):
+    """One worker of one pool; the subclass says which, and brings its role."""
+
+    pool_name: str
+
+    def __init__(self, config: WorkerConfig, loaded: LoadedModel) -> None:
+        """Everything but the network. Takes the time of allocating the pool."""
+        self.config = config
+        self.worker_id = config.worker_id
+        self.incarnation = secrets.randbits(63)
+        self.address = ""
+        self._loaded = loaded
+        self._drained_at: float | None = None
+        engine_config, model = config.engine, loaded.config
+        dtype = loaded.model.dtype
+        self._format = PageFormat(
+            model.layers, model.kv_heads, engine_config.page_size, model.head_dim, str(dtype).removeprefix("torch.")
+        )
+        self.segment = Segment.create(self._format, engine_config.num_pages, self.incarnation)
+        self._writer = RedisDirectoryWriter(config.redis_url, config.cluster)
+        self._announcer = Announcer(self._writer, self._record)
+        pool = PagePool(engine_config.num_pages, self.segment.generations, self._announcer.evicted)
+        cache = torch.from_numpy(self.segment.pages).view(dtype).view(-1, *self._format.shape)
+        root = root_key(
+            tenant_secret=config.tenant_secret,
+            fingerprint=loaded.fingerprint,
+            format=self._format,
+            rope=model.rope_identity,
+            tokenizer=Tokenizer.from_dir(Path(config.model)).fingerprint,
+        )
+        scheduler = Scheduler(pool, engine_config, root, self._announcer.sealed)
+        self._engine = Engine(scheduler, ModelRunner(loaded.model, cache, engine_config))
+        self._page_servers = registry.serve(config.transports, self.segment, config.host)
+        self._role = self.make_role(self._engine)
+        self._loop = WorkerLoop(self._role)
+        self._server: RpcServer | None = None
+
+    @abstractmethod
+    def make_role(self, engine: Engine) -> Role:
+        """The pool's own behaviour."""
+
+    @classmethod
+    async def start(cls, config: WorkerConfig) -> Self:
+        """Load, listen, register. Raises `ModelUnusable`, `PortTaken` or `MetadataUnavailable`."""
+        torch.set_num_threads(config.engine.threads)
+        loaded = await asyncio.to_thread(load_model, config.model, config.engine.dtype, config.engine.device)
+        worker = cls(config, loaded)
+        try:
+            await worker._serve()
+        except BaseException:
+            await worker.stop()
+            raise
+        return worker
+
+    async def _serve(self) -> None:
+        self._loop.start()
+        service = WorkerService(self._loop, self.describe, self.start_draining)
+
+        def register(server: grpc.aio.Server) -> None:
+            worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+
+        name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
+        self._server = await start_server(register, [name], self.config.host, self.config.port)
+        self.address = self._server.address
+        # Once by hand, so that a directory that does not answer is an error of the start.
+        await asyncio.to_thread(self._writer.renew, self._record(), _FIRST_LEASE_S)
+        self._announcer.start()
+
+    async def describe(self) -> worker_pb2.WorkerDescription:
+        """What routers need to know; the load is read in the engine's thread."""
+        load = await asyncio.wait_for(asyncio.wrap_future(self._loop.call(self._role.load)), _CALL_S)
+        return worker_pb2.WorkerDescription(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            pool=self.pool_name,
+            model=self.config.model,
+            fingerprint=self._loaded.fingerprint,
+            source=worker_pb2.PageSource(
+                worker_id=self.worker_id,
+                incarnation=self.incarnation,
+                format=self._format.to_proto(),
+                endpoints=[server.endpoint for server in self._page_servers],
+            ),
+            max_tokens=self._max_tokens,
+            load=load,
+            draining=self._drained_at is not None,
+        )
+
+    def start_draining(self) -> None:
+        """Ask routers to send nothing new. What is on its way is still served, so that no request fails by this."""
+        if self._drained_at is None:
+            self._drained_at = time.monotonic()
+
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Wait until a draining worker holds nothing for anyone. Raises `DeadlineExceeded` with what is left."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            idle = await asyncio.wait_for(asyncio.wrap_future(self._loop.call(lambda: self._role.idle)), _CALL_S)
+            settled = self._drained_at is not None and time.monotonic() - self._drained_at >= _DRAIN_SETTLES_S
+            if idle and settled:
+                return
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"{self.worker_id} still works after {timeout_s:.0f} s", stage="drain")
+            await asyncio.sleep(0.05)
+
+    async def drain(self, timeout_s: float = 600.0) -> None:
+        """Take nothing new and finish what runs."""
+        self.start_draining()
+        await self.wait_idle(timeout_s)
+
+    async def stop(self) -> None:
+        """Deregister, hang up, end the threads, give back the memory. Safe to call at any stage of the start."""
+        await asyncio.to_thread(self._announcer.stop)
+        if self._server is not None:
+            await self._server.stop()
+        await asyncio.to_thread(self._loop.stop)
+        for server in self._page_servers:
+            server.close()
+        self._writer.close()
+        self.segment.close()
+
+    @property
+    def _max_tokens(self) -> int:
+        pool_tokens = self.config.engine.num_pages * self.config.engine.page_size
+        return min(self._loaded.config.max_positions, pool_tokens)
+
+    def _record(self) -> WorkerRecord:
+        """For the directory; called from the announcer's thread, so it reads only what is safe to read there."""
+        return WorkerRecord(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            pool=self.pool_name,
+            address=self.address,
+            model=self.config.model,
+            fingerprint=self._loaded.fingerprint,
+            format=self._format,
+            max_tokens=self._max_tokens,
+            endpoints=tuple((s.endpoint.transport, s.endpoint.address) for s in self._page_servers),
+            draining=self._drained_at is not None,
+        )

@@ -1,0 +1,37 @@
+"""What a worker has to say to one router."""
+
+import asyncio
+from collections.abc import Iterable
+
+from protos.v1 import worker_pb2
+
+
+class Outbox:
+    """Updates wait here until the stream takes them, all at once.
+
+    A router that reads slower than the engine steps gets larger messages, not more of them; what waits is bounded
+    by the tokens that its running requests may still produce.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._ready = asyncio.Event()
+        self._updates: list[worker_pb2.SequenceUpdate] = []
+        self._load = worker_pb2.WorkerLoad()
+
+    def post(self, updates: Iterable[worker_pb2.SequenceUpdate], load: worker_pb2.WorkerLoad) -> None:
+        """Add updates; callable from any thread."""
+        self._loop.call_soon_threadsafe(self._add, list(updates), load)
+
+    async def take(self) -> worker_pb2.Step:
+        """Everything that waits, as one message, as soon as there is something."""
+        await self._ready.wait()
+        self._ready.clear()
+        step = worker_pb2.Step(updates=self._updates, load=self._load)
+        self._updates = []
+        return step
+
+    def _add(self, updates: list[worker_pb2.SequenceUpdate], load: worker_pb2.WorkerLoad) -> None:
+        self._updates += updates
+        self._load = load
+        self._ready.set()

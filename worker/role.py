@@ -1,0 +1,75 @@
+"""What a worker of one pool does with a router's messages. A role lives in one thread: that of its `WorkerLoop`."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+
+from engine.engine import Engine
+from protos.errors import DiptychError
+from protos.v1 import worker_pb2
+from rpc.status import to_detail
+
+
+class Role(ABC):
+    """The base of both pools: one method a message, one a step, and the updates that they emit."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.pool = engine.scheduler.pool
+        self._updates: dict[str, list[worker_pb2.SequenceUpdate]] = defaultdict(list)
+
+    @abstractmethod
+    def handle(self, router_id: str, message: worker_pb2.RouterMessage) -> None:
+        """Take one message. What is wrong with it is emitted as the request's error, not raised."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Compute one engine step and emit what it gave."""
+
+    @abstractmethod
+    def expire(self, now: float) -> None:
+        """Drop what is past its deadline. `now` is `time.monotonic()`."""
+
+    @abstractmethod
+    def drop_router(self, router_id: str) -> None:
+        """Drop everything that was done for this router."""
+
+    @abstractmethod
+    def fail_running(self, error: DiptychError) -> None:
+        """A step failed as a whole: end every sequence that was in it."""
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """Whether nothing is held for anyone."""
+
+    @abstractmethod
+    def load(self) -> worker_pb2.WorkerLoad:
+        """What placement needs to know."""
+
+    def close(self) -> None:  # noqa: B027 (a role need not hold anything that must be closed)
+        """End what runs beside the loop."""
+
+    def emit(self, router_id: str, update: worker_pb2.SequenceUpdate) -> None:
+        self._updates[router_id].append(update)
+
+    def emit_error(self, router_id: str, error: DiptychError) -> None:
+        """End a request, as far as this worker goes, with an error that carries the request's id."""
+        self.emit(router_id, worker_pb2.SequenceUpdate(request_id=error.request_id, error=to_detail(error)))
+
+    def take_updates(self) -> dict[str, list[worker_pb2.SequenceUpdate]]:
+        """What was emitted since the last call, by router."""
+        updates, self._updates = self._updates, defaultdict(list)
+        return updates
+
+    def _pool_load(self) -> worker_pb2.WorkerLoad:
+        scheduler = self.engine.scheduler
+        return worker_pb2.WorkerLoad(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            queued_tokens=scheduler.queued_tokens,
+            total_pages=self.pool.total_pages,
+            available_pages=self.pool.available_pages,
+            held_pages=self.pool.held_pages,
+            tokens_per_s=self.engine.times.tokens_per_s,
+            step_ms=self.engine.times.step_ms,
+        )
