@@ -15,6 +15,8 @@ from worker.finish import finish_reason
 from worker.requests import sequence_of
 from worker.role import Role
 
+_PULL_S = 30.0  # a source that stalls for so long is taken for lost
+
 
 class DecodeRole(Role):
     """The decode pool's side of worker.proto."""
@@ -147,7 +149,7 @@ class DecodeRole(Role):
             self.pool.begin_fill(page)
         sequence.pages += into
         arrival.in_flight += 1
-        timeout_s = max(0.001, arrival.deadline - monotonic())
+        timeout_s = min(_PULL_S, max(0.001, arrival.deadline - monotonic()))
         self._puller.pull(arrival.source, refs, into, timeout_s, partial(self._pulled, arrival))
 
     def _pulled(self, arrival: Arrival, result: Pulled) -> None:

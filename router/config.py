@@ -17,4 +17,5 @@ class RouterConfig:
     max_inflight: int = 512  # requests admitted at once; more are refused with Overloaded
     max_prompt_bytes: int = 4 * 1024 * 1024
     default_deadline_s: float = 600.0  # for calls that bring none
+    worker_wait_s: float = 10.0  # how long a request waits for a pool without a worker, while one may restart
     tenant_secret: str = ""

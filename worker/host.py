@@ -165,6 +165,7 @@ class WorkerHost(ABC):
 
     def _record(self) -> WorkerRecord:
         """For the directory; called from the announcer's thread, so it reads only what is safe to read there."""
+        load = self._loop.load
         return WorkerRecord(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -176,4 +177,5 @@ class WorkerHost(ABC):
             max_tokens=self._max_tokens,
             endpoints=tuple((s.endpoint.transport, s.endpoint.address) for s in self._page_servers),
             draining=self._drained_at is not None,
+            load={field.name: getattr(load, field.name) for field in load.DESCRIPTOR.fields},
         )

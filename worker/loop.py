@@ -27,6 +27,7 @@ class WorkerLoop:
         self._role = role
         self._inbox: queue.Queue[Callable[[], None]] = queue.Queue(_INBOX)
         self._outboxes: dict[str, Outbox] = {}
+        self.load = role.load()  # as of the last step; any thread may read it
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker-loop", daemon=True)
 
@@ -84,6 +85,7 @@ class WorkerLoop:
             self._take_commands()
             self._role.expire(time.monotonic())
             self._step()
+            self.load = self._role.load()
             self._publish()
 
     def _take_commands(self) -> None:
@@ -106,12 +108,9 @@ class WorkerLoop:
             self._role.fail_running(DiptychError("the engine failed in a step; the worker's log has the trace"))
 
     def _publish(self) -> None:
-        updates = self._role.take_updates()
-        if updates:
-            load = self._role.load()
-            for router_id, items in updates.items():
-                if outbox := self._outboxes.get(router_id):
-                    outbox.post(items, load)
+        for router_id, updates in self._role.take_updates().items():
+            if outbox := self._outboxes.get(router_id):
+                outbox.post(updates, self.load)
 
     def _attach(self, router_id: str, outbox: Outbox) -> None:
         self._role.drop_router(router_id)

@@ -36,6 +36,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             await status.abort(context, error)
         outbox = Outbox(asyncio.get_running_loop())
         self._loop.attach(router_id, outbox)
+        # grpc closes a generator that is cut off while it sends only when it is collected: too late for what it holds.
+        context.add_done_callback(lambda _: self._loop.detach(router_id, outbox))  # type: ignore[arg-type]  # its stub
         reader = asyncio.create_task(self._read(router_id, messages))
         try:
             yield worker_pb2.WorkerMessage(hello=await self._describe())
@@ -43,7 +45,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 yield worker_pb2.WorkerMessage(step=step)
         finally:
             reader.cancel()
-            self._loop.detach(router_id, outbox)
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]

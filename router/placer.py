@@ -1,0 +1,186 @@
+"""Placement with the live world as its arguments: the fleet's loads, one directory lookup, the clock."""
+
+import asyncio
+import logging
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from sys import maxsize
+from time import monotonic
+
+from kvstore.keys import PageKey, page_keys
+from protos import errors
+from protos.v1 import worker_pb2
+from router import placement
+from router.admission import Admitted, Limits
+from router.fleet import Fleet, describe
+from router.placement import Candidate, Job, Placement
+from router.served_model import ServedModel
+from router.worker_link import Name, WorkerLink
+
+log = logging.getLogger(__name__)
+
+LOOKUP_S = 0.25  # a directory that takes longer saves less than it costs
+WAIT_STEP_S = 0.02
+RECORD_AGE_S = 1.0  # how old the load of a worker's record may be when it is read
+POOLS = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where a request goes."""
+
+    prefill: WorkerLink
+    decode: WorkerLink
+    keys: list[PageKey]  # of the prompt's full pages
+    job: Job
+    compute_tokens: int  # that prefill is predicted to compute
+
+
+class Placer:
+    """Finds the pair of workers for a request."""
+
+    def __init__(self, fleet: Fleet, model: ServedModel, tenant_secret: str, wait_s: float) -> None:
+        self._fleet = fleet
+        self._model = model
+        self._tenant_secret = tenant_secret
+        self._wait_s = wait_s
+
+    async def place(self, request: Admitted, excluded: AbstractSet[Name], deadline: float) -> Pair:
+        """The best pair, none of them in `excluded`. Waits for a pool that has no worker, half of the time at most.
+
+        Raises `NoWorkers` naming the pool, `InvalidRequest` where no worker is large enough.
+        """
+        await self._wait_for_workers(request.request_id, excluded, deadline)
+        identity = self._fleet.identity()
+        assert identity is not None  # there are workers
+        page_format = identity[1]
+        keys = page_keys(self._model.root_key(self._tenant_secret, identity), request.token_ids, page_format.page_size)
+        job = Job(request.prompt_tokens, request.sampling.max_tokens, page_format.page_size, page_format.page_bytes)
+        links = {pool: self._open(pool, excluded) for pool in POOLS}  # before the lookup: all of this identity
+        held = await self._lookup(keys)
+        prefills, decodes = (
+            [_candidate(link, held.get(link.record.holder, 0)) for link in links[pool].values()] for pool in POOLS
+        )
+        choice = placement.choose(prefills, decodes, job, monotonic())
+        if choice is None:
+            raise self._nobody_fits(request, job, excluded)
+        _log_choice(request.request_id, job, choice)
+        return Pair(
+            prefill=links["prefill"][choice.prefill.name],
+            decode=links["decode"][choice.decode.name],
+            keys=keys,
+            job=job,
+            compute_tokens=placement.uncached_tokens(choice.prefill, job),
+        )
+
+    def has_others(self, excluded: AbstractSet[Name]) -> bool:
+        """Whether both pools have a worker outside `excluded` now."""
+        return all(self._open(pool, excluded) for pool in POOLS)
+
+    def limits(self) -> Limits:
+        """What the largest worker of each pool holds, connected or not yet; without bound while a pool has none."""
+        records = [link.record for link in self._fleet.links.values() if not link.record.draining]
+        sizes = {
+            pool: max((record.max_tokens for record in records if record.pool == pool), default=maxsize)
+            for pool in POOLS
+        }
+        return Limits(**sizes)
+
+    def ttft_s(self) -> float:
+        """Predicted seconds to the first token of one more request: the shortest queue of all."""
+        now = monotonic()
+        queues = [placement.queue_ms(_candidate(link, 0), now) for link in self._fleet.usable("prefill")]
+        return min(queues, default=0.0) / 1e3
+
+    @staticmethod
+    def _nobody_fits(request: Admitted, job: Job, excluded: AbstractSet[Name]) -> errors.DiptychError:
+        what = f"holds {job.prompt_tokens} tokens of prompt and {job.max_tokens} of answer"
+        if excluded:  # those that were tried could hold it
+            return errors.NoWorkers(f"no other worker {what}", request_id=request.request_id, stage="placement")
+        return errors.InvalidRequest(f"no worker {what}", field="max_tokens", request_id=request.request_id)
+
+    async def _lookup(self, keys: list[PageKey]) -> dict[str, int]:
+        """How many leading pages each worker holds; nothing where the directory does not answer."""
+        if not keys or not self._fleet.directory_up:
+            return {}
+        try:
+            async with asyncio.timeout(LOOKUP_S):
+                return await self._fleet.directory.lookup(keys)
+        except (TimeoutError, errors.MetadataUnavailable) as error:
+            log.debug("lookup failed, taken as a miss: %r", error)
+            return {}
+
+    def _open(self, pool: str, excluded: AbstractSet[Name]) -> dict[Name, WorkerLink]:
+        return {link.name: link for link in self._fleet.usable(pool) if link.name not in excluded}
+
+    async def _wait_for_workers(self, request_id: str, excluded: AbstractSet[Name], deadline: float) -> None:
+        started = monotonic()
+        wait_s = min(self._wait_s, (deadline - started) / 2)
+        while missing := [pool for pool in POOLS if not self._open(pool, excluded)]:
+            if monotonic() - started >= wait_s:
+                raise errors.NoWorkers(
+                    f"no {missing[0]} worker takes requests ({describe(self._fleet, missing[0])}); "
+                    f"waited {wait_s:.1f} s",
+                    request_id=request_id,
+                    stage="placement",
+                )
+            await asyncio.sleep(WAIT_STEP_S)
+
+
+def _log_choice(request_id: str, job: Job, choice: Placement) -> None:
+    prefill, decode = choice.prefill, choice.decode
+    log.info(
+        "request %s: prefill on %s, decode on %s: %s (%d tokens of prompt; of its %d pages they hold %d and %d)",
+        request_id,
+        prefill.worker_id,
+        decode.worker_id,
+        choice.cost,
+        job.prompt_tokens,
+        job.prompt_pages,
+        prefill.prefix_pages,
+        decode.prefix_pages,
+    )
+
+
+def _candidate(link: WorkerLink, prefix_pages: int) -> Candidate:
+    """A worker as placement sees it. What this router asked of it after its load was measured is added."""
+    record = link.record
+    load, at = _load(link)
+    claims = link.claims.values()
+    newer = [claim for claim in claims if claim.at > at]
+    return Candidate(
+        worker_id=record.worker_id,
+        incarnation=record.incarnation,
+        host=record.address.rpartition(":")[0],
+        transports=tuple(transport for transport, _ in record.endpoints),
+        max_tokens=record.max_tokens,
+        prefix_pages=prefix_pages,
+        queued_tokens=load.queued_tokens,
+        newer_tokens=sum(claim.tokens for claim in newer),
+        tokens_per_s=load.tokens_per_s,
+        running=load.running,
+        waiting=max(load.waiting, len(claims) - load.running),  # also those that are on their way into the batch
+        step_ms=load.step_ms,
+        available_pages=load.available_pages - sum(claim.pages for claim in newer),
+        held_pages=load.held_pages,
+        measured_at=at,
+    )
+
+
+def _load(link: WorkerLink) -> tuple[worker_pb2.WorkerLoad, float]:
+    """The better of the two loads that are known: the last step's and the directory's, which is up to 1 s old."""
+    step = link.step_load
+    known = link.record.load
+    if step is not None and (not known or step.at >= link.recorded_at - RECORD_AGE_S):
+        return step.load, step.at
+    load = worker_pb2.WorkerLoad(
+        running=int(known.get("running", 0)),
+        waiting=int(known.get("waiting", 0)),
+        queued_tokens=int(known.get("queued_tokens", 0)),
+        total_pages=int(known.get("total_pages", 0)),
+        available_pages=int(known.get("available_pages", 0)),
+        held_pages=int(known.get("held_pages", 0)),
+        tokens_per_s=known.get("tokens_per_s", 0.0),
+        step_ms=known.get("step_ms", 0.0),
+    )
+    return load, link.recorded_at
