@@ -51,7 +51,7 @@ class WorkerHost(ABC):
         self._loaded = loaded
         self._drained_at: float | None = None
         engine_config, model = config.engine, loaded.config
-        dtype = loaded.model.dtype
+        dtype = loaded.model.cache_dtype
         self._format = PageFormat(
             model.layers, model.kv_heads, engine_config.page_size, model.head_dim, str(dtype).removeprefix("torch.")
         )

@@ -1,0 +1,254 @@
+"""Who has which page: bookkeeping only, O(1) for each page, no data, no threads."""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NewType, Protocol
+
+from kvstore.keys import PageKey
+from kvstore.page_state import MOVES, IllegalMove, PageState
+from protos import errors
+
+PageId = NewType("PageId", int)
+
+FREE, RESERVED, FILLING, SEALED, EVICTING = PageState  # plain names: an Enum's attribute costs a look-up each time
+
+
+class OutOfPages(errors.Overloaded):
+    """Fewer pages are available than were asked for; nothing was taken."""
+
+
+class Generations(Protocol):
+    """One counter for each page. A list, or a segment's array that other processes read."""
+
+    def __getitem__(self, page: int, /) -> int: ...
+    def __setitem__(self, page: int, generation: int, /) -> None: ...
+    def __len__(self) -> int: ...
+
+
+class Credit:
+    """A promise of pages that can be turned into pages one by one, and never fails while it lasts."""
+
+    def __init__(self, pool: "PagePool", remaining: int) -> None:
+        self._pool = pool
+        self.remaining = remaining
+
+    def take(self) -> PageId:
+        """A page in RESERVED whose one writer is the caller; `IllegalMove` once nothing remains."""
+        if self.remaining < 1:
+            raise IllegalMove("this credit is spent or closed")
+        self.remaining -= 1
+        return self._pool._take()
+
+    def close(self) -> None:
+        """Give back what remains. May be called again."""
+        self._pool._promised -= self.remaining
+        self.remaining = 0
+
+
+class PagePool:
+    """The owner of record of `num_pages` pages.
+
+    A page is free only when it has neither readers nor writers; they are counted apart. Each return to FREE
+    raises the page's generation before the page can be handed out again. A sealed page with a key that nobody
+    reads stays in the index until its room is wanted, least recently released first.
+
+    `on_evict` is told every key that leaves the index. A call that does not fit a page's state raises
+    `IllegalMove`.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        generations: Generations | None = None,
+        on_evict: Callable[[PageKey], None] | None = None,
+    ) -> None:
+        self._generations: Generations = [0] * num_pages if generations is None else generations
+        if len(self._generations) != num_pages:
+            raise ValueError(f"{len(self._generations)} generations for {num_pages} pages")
+        self._on_evict = on_evict
+        self._states = [FREE] * num_pages
+        self._readers = [0] * num_pages
+        self._writers = [0] * num_pages
+        self._keys: list[PageKey | None] = [None] * num_pages  # the key under which a page is indexed
+        self._index: dict[PageKey, PageId] = {}
+        self._free = deque(PageId(page) for page in range(num_pages))
+        # Sealed, indexed and unread, oldest first. A plain dict would find its first entry in O(deleted).
+        self._evictable: OrderedDict[PageId, None] = OrderedDict()
+        self._promised = 0
+
+    # What there is.
+
+    @property
+    def total_pages(self) -> int:
+        return len(self._states)
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that can still be promised: free or evictable, less those promised already."""
+        return len(self._free) + len(self._evictable) - self._promised
+
+    @property
+    def held_pages(self) -> int:
+        """Pages with a reader or a writer."""
+        return len(self._states) - len(self._free) - len(self._evictable)
+
+    def state(self, page: PageId) -> PageState:
+        return self._states[page]
+
+    def generation(self, page: PageId) -> int:
+        return int(self._generations[page])
+
+    def readers(self, page: PageId) -> int:
+        return self._readers[page]
+
+    def writers(self, page: PageId) -> int:
+        return self._writers[page]
+
+    # Writing: promise, take, fill, seal or abandon.
+
+    def promise(self, n: int) -> Credit:
+        """Room for `n` pages, or `OutOfPages`."""
+        if n < 0:
+            raise ValueError(f"cannot promise {n} pages")
+        self._need(n)
+        self._promised += n
+        return Credit(self, n)
+
+    def begin_fill(self, page: PageId) -> None:
+        """RESERVED -> FILLING."""
+        self._move(page, FILLING)
+
+    def seal(self, page: PageId, key: PageKey | None) -> bool:
+        """FILLING -> SEALED; the writer becomes a reader.
+
+        The page is indexed under `key`, unless that is None or another page has it already: the first one
+        wins. Returns whether it was indexed.
+        """
+        self._move(page, SEALED)
+        self._writers[page] -= 1
+        self._readers[page] += 1
+        if key is None or key in self._index:
+            return False
+        self._index[key] = page
+        self._keys[page] = key
+        return True
+
+    def abandon(self, page: PageId) -> None:
+        """The writer leaves a page that it has not sealed. Nobody can read such a page, so it is free."""
+        if not self._writers[page]:
+            raise IllegalMove(f"page {page} is {self._states[page].name} and has no writer")
+        self._writers[page] -= 1
+        self._to_free(page)
+
+    # Reading: match, acquire, release.
+
+    def match(self, keys: Iterable[PageKey]) -> list[PageId]:
+        """The pages of the leading run of `keys` that is indexed. Takes no lease."""
+        pages: list[PageId] = []
+        index = self._index
+        for key in keys:
+            page = index.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def acquire(self, pages: Sequence[PageId]) -> None:
+        """One more reader for each page: all of them or, with `OutOfPages` or `IllegalMove`, none.
+
+        `OutOfPages`: reading an evictable page takes it from those that stand behind promises.
+        """
+        for page in pages:
+            if self._states[page] is not SEALED:
+                raise IllegalMove(f"page {page} is {self._states[page].name}: only a sealed page can be read")
+        self._need(self._count_evictable(pages))
+        self._add_readers(pages)
+
+    def release(self, pages: Iterable[PageId]) -> None:
+        """One reader fewer for each page. Release a sequence's tail first: that is then evicted first."""
+        for page in pages:
+            left = self._readers[page] - 1
+            if left < 0:
+                raise IllegalMove(f"page {page} is {self._states[page].name} and has no reader")
+            self._readers[page] = left
+            if left == 0:
+                self._unread(page)
+
+    def admit(self, keys: Sequence[PageKey], n_total: int) -> tuple[list[PageId], Credit]:
+        """Reuse what is held of `keys` and get room for the rest of `n_total` pages, or `OutOfPages`.
+
+        Returns the matched pages, each with one more reader, and a credit for the other pages.
+        """
+        if len(keys) > n_total:
+            raise ValueError(f"{len(keys)} keys for {n_total} pages")
+        pages = self.match(keys)
+        rest = n_total - len(pages)
+        self._need(rest + self._count_evictable(pages))
+        self._add_readers(pages)
+        return pages, self.promise(rest)
+
+    def clear_cache(self) -> None:
+        """Forget every key. Pages in use stay with their readers and become free after them."""
+        for page in list(self._evictable):
+            self._evict(page)
+        for page in list(self._index.values()):
+            self._forget(page)
+
+    # Within.
+
+    def _need(self, n: int) -> None:
+        if n > self.available_pages:
+            raise OutOfPages(f"{n} pages are needed, {self.available_pages} of {self.total_pages} are available")
+
+    def _move(self, page: PageId, to: PageState) -> None:
+        state = self._states[page]
+        if to not in MOVES[state]:
+            raise IllegalMove(f"page {page} cannot go from {state.name} to {to.name}")
+        self._states[page] = to
+
+    def _take(self) -> PageId:
+        if not self._free:
+            self._evict(next(iter(self._evictable)))
+        self._promised -= 1
+        page = self._free.popleft()
+        self._move(page, RESERVED)
+        self._writers[page] = 1
+        return page
+
+    def _count_evictable(self, pages: Sequence[PageId]) -> int:
+        return len({page for page in pages if not self._readers[page]})
+
+    def _add_readers(self, pages: Sequence[PageId]) -> None:
+        for page in pages:
+            if not self._readers[page]:
+                del self._evictable[page]
+            self._readers[page] += 1
+
+    def _unread(self, page: PageId) -> None:
+        if self._keys[page] is None:
+            self._move(page, EVICTING)
+            self._to_free(page)
+        else:
+            self._evictable[page] = None
+
+    def _evict(self, page: PageId) -> None:
+        del self._evictable[page]
+        self._move(page, EVICTING)
+        try:
+            self._forget(page)
+        finally:
+            self._to_free(page)
+
+    def _forget(self, page: PageId) -> None:
+        key = self._keys[page]
+        if key is not None:
+            del self._index[key]
+            self._keys[page] = None
+            if self._on_evict is not None:
+                self._on_evict(key)
+
+    def _to_free(self, page: PageId) -> None:
+        # The generation first: whoever copies the page now must see that it is not the one that was promised.
+        self._generations[page] += 1
+        self._move(page, FREE)
+        self._free.append(page)
