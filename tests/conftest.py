@@ -1,0 +1,16 @@
+"""What every test shares."""
+
+import os
+
+# Read when torch is first imported: tests that need no torch never load it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from engine import hub
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> hub.ResolvedModel:
+    """The demo model (SmolLM2-135M-Instruct), in the user's own cache: downloaded and converted once a machine."""
+    return hub.resolve(hub.DEMO_MODEL, print)
