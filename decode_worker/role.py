@@ -66,10 +66,6 @@ class DecodeRole(Role):
         for sequence in list(self.engine.scheduler.running):
             self._fail(self._requests[sequence.request_id], error)
 
-    @property
-    def idle(self) -> bool:
-        return not self._requests and self.pool.held_pages == 0
-
     def load(self) -> worker_pb2.WorkerLoad:
         load = self._pool_load()
         load.waiting = len(self._waiting)

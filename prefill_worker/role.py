@@ -65,10 +65,6 @@ class PrefillRole(Role):
             self._end(sequence.request_id)
             self.emit_error(router_id, type(error)(error.message, request_id=sequence.request_id, stage="prefill"))
 
-    @property
-    def idle(self) -> bool:
-        return not self._requests and self.pool.held_pages == 0
-
     def load(self) -> worker_pb2.WorkerLoad:
         return self._pool_load()
 

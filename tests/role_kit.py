@@ -6,6 +6,7 @@ from engine.scheduler import Scheduler
 from kvstore.keys import PageKey, pack_keys, pack_tokens, page_keys
 from kvstore.pool import PagePool
 from protos.v1 import common_pb2, worker_pb2
+from worker.role import is_idle
 
 ROOT = PageKey(bytes(16))
 PAGE = 4
@@ -60,7 +61,6 @@ def updates(role, router="r") -> list[worker_pb2.SequenceUpdate]:
 
 def assert_empty(role) -> None:
     """Nothing is held or promised."""
-    assert role.idle
-    assert role.pool.held_pages == 0
-    assert role.pool.available_pages == role.pool.total_pages
+    assert is_idle(role.load())
+    assert not role._requests
     assert not role.engine.scheduler.has_work

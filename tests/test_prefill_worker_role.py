@@ -3,11 +3,12 @@
 import time
 
 import pytest
-from role_kit import PAGE, assert_empty, cancel, make_engine, release, request, updates
 
 from prefill_worker.role import PrefillRole
 from protos.errors import DiptychError
 from protos.v1 import common_pb2
+from role_kit import PAGE, assert_empty, cancel, make_engine, release, request, updates
+from worker.role import is_idle
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_pages_stay_pinned_until_release(role):
     role.handle("r", request("prefill", "a", range(10)))
     run(role, 2)
     assert role.pool.held_pages == 3
-    assert not role.idle
+    assert not is_idle(role.load())
     role.handle("r", release("a"))
     role.handle("r", release("a"))  # a repeated message means nothing
     assert_empty(role)
@@ -94,7 +95,7 @@ def test_a_deadline_frees_in_every_phase(role, steps):
     role.handle("r", request("prefill", "a", range(10), deadline_s=5.0))
     run(role, steps)
     role.expire(time.monotonic() + 4.0)
-    assert not role.idle
+    assert not is_idle(role.load())
     role.expire(time.monotonic() + 6.0)
     assert_empty(role)
     told = [update.error.code for update in updates(role)]

@@ -24,16 +24,15 @@ from kvstore.pool import PagePool
 from kvstore.redis_directory import RedisDirectoryWriter
 from kvstore.segment import Segment
 from kvstore.transports import registry
-from protos.errors import DeadlineExceeded
+from protos.errors import DeadlineExceeded, DiptychError
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc.server import RpcServer, start_server
 from worker.loop import WorkerLoop
-from worker.role import Role
+from worker.role import Role, is_idle
 from worker.service import WorkerService
 
 # Routers poll the directory twice a second, so by then none of them sends anything new to a draining worker.
 _DRAIN_SETTLES_S = 2.0
-_CALL_S = 5.0
 _FIRST_LEASE_S = 3.0
 
 
@@ -70,8 +69,7 @@ class WorkerHost(ABC):
         scheduler = Scheduler(pool, engine_config, root, self._announcer.sealed)
         self._engine = Engine(scheduler, ModelRunner(loaded.model, cache, engine_config))
         self._page_servers = registry.serve(config.transports, self.segment, config.host)
-        self._role = self.make_role(self._engine)
-        self._loop = WorkerLoop(self._role)
+        self._loop = WorkerLoop(self.make_role(self._engine))
         self._server: RpcServer | None = None
 
     @abstractmethod
@@ -105,9 +103,10 @@ class WorkerHost(ABC):
         await asyncio.to_thread(self._writer.renew, self._record(), _FIRST_LEASE_S)
         self._announcer.start()
 
-    async def describe(self) -> worker_pb2.WorkerDescription:
-        """What routers need to know; the load is read in the engine's thread."""
-        load = await asyncio.wait_for(asyncio.wrap_future(self._loop.call(self._role.load)), _CALL_S)
+    def describe(self) -> worker_pb2.WorkerDescription:
+        """What routers and the controller need to know. Never waits for a step, however long one takes."""
+        if not self._loop.alive:
+            raise DiptychError(f"{self.worker_id} has no engine any more", stage="describe")
         return worker_pb2.WorkerDescription(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -121,7 +120,7 @@ class WorkerHost(ABC):
                 endpoints=[server.endpoint for server in self._page_servers],
             ),
             max_tokens=self._max_tokens,
-            load=load,
+            load=self._loop.load,
             draining=self._drained_at is not None,
         )
 
@@ -134,9 +133,8 @@ class WorkerHost(ABC):
         """Wait until a draining worker holds nothing for anyone. Raises `DeadlineExceeded` with what is left."""
         deadline = time.monotonic() + timeout_s
         while True:
-            idle = await asyncio.wait_for(asyncio.wrap_future(self._loop.call(lambda: self._role.idle)), _CALL_S)
             settled = self._drained_at is not None and time.monotonic() - self._drained_at >= _DRAIN_SETTLES_S
-            if idle and settled:
+            if settled and is_idle(self._loop.load):
                 return
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"{self.worker_id} still works after {timeout_s:.0f} s", stage="drain")

@@ -5,15 +5,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
 
 from protos.errors import DiptychError, Overloaded
 from protos.v1 import worker_pb2
 from worker.outbox import Outbox
 from worker.role import Role
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _INBOX = 8192  # messages; past it, the services wait
@@ -21,7 +18,7 @@ _IDLE_S = 0.02  # how late a deadline may be noticed while nothing runs
 
 
 class WorkerLoop:
-    """Runs a role in a thread of its own. Everything else talks to the role through `post` and `call`."""
+    """Runs a role in a thread of its own. Everything else talks to the role through messages."""
 
     def __init__(self, role: Role) -> None:
         self._role = role
@@ -56,19 +53,6 @@ class WorkerLoop:
         """As `post`, from a thread that may wait for room: what it has to tell must not be lost."""
         self._inbox.put(command, timeout=60)
 
-    def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run this in the loop's thread, and give its result."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self.post(run)
-        return future
-
     def attach(self, router_id: str, outbox: Outbox) -> None:
         """From now on this router's updates go here; what an earlier stream of its left behind is dropped."""
         self.post(lambda: self._attach(router_id, outbox))
@@ -83,8 +67,13 @@ class WorkerLoop:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._take_commands()
-            self._role.expire(time.monotonic())
-            self._step()
+            try:
+                self._role.expire(time.monotonic())
+                self._role.step()
+            except Exception:
+                # One broken batch must not take the worker, nor leave its requests without an answer.
+                log.exception("a step failed; its sequences end with an error")
+                self._role.fail_running(DiptychError("the engine failed in a step; the worker's log has the trace"))
             self.load = self._role.load()
             self._publish()
 
@@ -94,18 +83,18 @@ class WorkerLoop:
         try:
             command = self._inbox.get(block=not busy, timeout=_IDLE_S)
             while True:
-                command()
+                self._do(command)
                 command = self._inbox.get_nowait()
         except queue.Empty:
             return
 
-    def _step(self) -> None:
+    @staticmethod
+    def _do(command: Callable[[], None]) -> None:
         try:
-            self._role.step()
+            command()
         except Exception:
-            # One broken batch must not take the worker, nor leave its requests without an answer.
-            log.exception("a step failed; its sequences end with an error")
-            self._role.fail_running(DiptychError("the engine failed in a step; the worker's log has the trace"))
+            # A message that breaks its handler must not end the thread: nobody would be answered any more.
+            log.exception("a message failed; its request ends at its deadline")
 
     def _publish(self) -> None:
         for router_id, updates in self._role.take_updates().items():

@@ -9,6 +9,12 @@ from protos.v1 import worker_pb2
 from rpc.status import to_detail
 
 
+def is_idle(load: worker_pb2.WorkerLoad) -> bool:
+    """Whether nothing is held or promised for anyone."""
+    promised = load.total_pages - load.available_pages
+    return not (load.running or load.waiting or load.held_pages or promised)
+
+
 class Role(ABC):
     """The base of both pools: one method a message, one a step, and the updates that they emit."""
 
@@ -36,11 +42,6 @@ class Role(ABC):
     @abstractmethod
     def fail_running(self, error: DiptychError) -> None:
         """A step failed as a whole: end every sequence that was in it."""
-
-    @property
-    @abstractmethod
-    def idle(self) -> bool:
-        """Whether nothing is held for anyone."""
 
     @abstractmethod
     def load(self) -> worker_pb2.WorkerLoad:

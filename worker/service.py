@@ -1,7 +1,7 @@
 """The gRPC face of a worker."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
@@ -19,7 +19,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def __init__(
         self,
         loop: WorkerLoop,
-        describe: Callable[[], Awaitable[worker_pb2.WorkerDescription]],
+        describe: Callable[[], worker_pb2.WorkerDescription],
         drain: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -40,7 +40,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         context.add_done_callback(lambda _: self._loop.detach(router_id, outbox))  # type: ignore[arg-type]  # its stub
         reader = asyncio.create_task(self._read(router_id, messages))
         try:
-            yield worker_pb2.WorkerMessage(hello=await self._describe())
+            yield worker_pb2.WorkerMessage(hello=self._describe())
             async for step in self._steps(outbox, reader):
                 yield worker_pb2.WorkerMessage(step=step)
         finally:
@@ -49,7 +49,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.WorkerDescription:
-        return await self._describe()
+        return self._describe()
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
