@@ -1,0 +1,93 @@
+"""FlashAttention forward over paged KV for Hopper: what `prefill_attention` runs there for the shapes it takes."""
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.attention_plan import AttentionPlan
+from kernels.hopper_pool import SWIZZLE, check_pool
+from kernels.hopper_prefill_kernel import prefill_kernel
+from kernels.hopper_tiles import PrefillTiles
+
+LOG2_E = 1.4426950408889634
+LONG_KEYS = 3000  # measured, TFLOP/s of two and three groups at 2,048 mean keys: 445, 425; at 4,096: 452, 473
+
+
+def _store_layout(head_dim: int) -> gl.DistributedLinearLayout:
+    """16-byte pieces of a row a lane; a warp keeps the 16 rows that it has in the accumulator."""
+    columns = [8 << i for i in range((head_dim // 8).bit_length() - 1)]
+    lanes = 5 - len(columns)
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4]] + [[1 << i, 0] for i in range(lanes, 4)],
+        [[0, c] for c in columns] + [[1 << i, 0] for i in range(lanes)],
+        [[16, 0], [32, 0]],
+        [],
+        [64, head_dim],
+    )
+
+
+def why_not(head_dim: int, page_size: int, dtype: torch.dtype) -> str:
+    """Why this shape needs the plain kernel; empty where this one takes it."""
+    if head_dim not in (64, 128):
+        return f"head_dim {head_dim} is neither 64 nor 128"
+    if page_size not in (16, 64, 128):
+        return f"page_size {page_size} is not 16, 64 or 128"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} is not a 16-bit type"
+    return ""
+
+
+def prefill_attention_hopper(
+    q: Tensor, cache: Tensor, layer: int, plan: AttentionPlan, lse: Tensor | None = None
+) -> Tensor:
+    """As `prefill_attention_triton`, for the shapes that `why_not` names nothing against."""
+    check_prefill(q, cache, layer, plan, lse)
+    heads, kv_heads = q.shape[1], cache.shape[3]
+    tiles = plan.once(
+        ("hopper prefill", heads, kv_heads),
+        lambda: PrefillTiles.of(plan, heads, kv_heads, groups_for(plan, q.shape[2])),
+    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    arguments, constants = prefill_arguments(q, cache, layer, plan.page_table, tiles, out, lse)
+    prefill_kernel[(tiles.counts.shape[0],)](*arguments, **constants)
+    return out
+
+
+def groups_for(plan: AttentionPlan, head_dim: int) -> int:
+    """How many groups of 64 query rows a tile has; three pay at head_dim 64 once a query sees some 3,000 keys."""
+    spans = list(zip(plan.queries, plan.contexts, strict=True))[plan.num_decodes :]
+    pairs = sum(rows * (context - rows // 2) for rows, context in spans)
+    return 3 if head_dim == 64 and pairs >= LONG_KEYS * sum(rows for rows, _ in spans) else 2
+
+
+def check_prefill(q: Tensor, cache: Tensor, layer: int, plan: AttentionPlan, lse: Tensor | None) -> None:
+    """Raises ValueError naming the argument that `prefill_attention_hopper` cannot take."""
+    plan.check(q, cache, layer, plan.num_tokens - plan.num_decodes)
+    check_pool(q, cache, layer)
+    if reason := why_not(q.shape[2], plan.page_size, q.dtype):
+        raise ValueError(f"cache: {reason}")
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
+        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:2])}")
+
+
+def prefill_arguments(
+    q: Tensor, cache: Tensor, layer: int, page_table: Tensor, tiles: PrefillTiles, out: Tensor, lse: Tensor | None
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """What `prefill_kernel` is launched with; also what it is compiled with where there is no GPU."""
+    _, layers, _, kv_heads, page_size, d = cache.shape
+    tokens, heads, _ = q.shape
+    rows = kv_heads * page_size  # of a layer's K, and of its V
+    queries = TensorDescriptor(q, [tokens, heads * d], [q.stride(0), 1], [64, d], SWIZZLE)
+    pool = TensorDescriptor(cache, [cache.numel() // d, d], [d, 1], [page_size, 64], SWIZZLE)
+    arguments = (
+        queries, pool, out, lse, page_table, tiles.records, tiles.counts, d**-0.5 * LOG2_E,
+        layer * 2 * rows, layers * 2 * rows,
+    )  # fmt: skip
+    two = tiles.groups == 2
+    constants: dict[str, object] = {
+        "GROUPS": tiles.groups, "HEADS": heads, "KV_HEADS": kv_heads, "HD": d, "PAGE": page_size,
+        "ST": 2 if two else 3, "QB": 2 if two else 1, "STORE_L": _store_layout(d), "WITH_LSE": lse is not None,
+        "num_warps": 4, "maxnreg": 168 if two else 128,
+    }  # fmt: skip
+    return arguments, constants

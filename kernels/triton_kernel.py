@@ -1,0 +1,35 @@
+"""Triton kernels that cost nothing until one is launched."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+
+class TritonKernel:
+    """A decorator: a Triton kernel that is jitted, and Triton imported, at its first launch.
+
+    Importing Triton takes 0.8 s, and some platforms that serve on CPU have no build of it. A kernel's module sees
+    the language as `tl`: it imports that under TYPE_CHECKING, and annotations from __future__.
+    """
+
+    def __init__(self, body: Callable[..., None]) -> None:
+        self._body = body
+
+    @cached_property
+    def jitted(self) -> Any:
+        """What `triton.jit` makes of the body."""
+        import triton
+        import triton.language
+
+        self._body.__globals__["tl"] = triton.language
+        return triton.jit(self._body)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """`kernel[grid](*arguments)` launches it, as in Triton."""
+        launcher: Callable[..., Any] = self.jitted[grid]
+        return launcher
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
