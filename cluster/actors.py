@@ -1,0 +1,159 @@
+"""The Ray actors. Each runs one asyncio service; Ray gives its actors uvloop where that is installed."""
+
+import asyncio
+import logging
+import os
+import sys
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import ray
+
+from cluster.config import ClusterConfig
+from engine import hub
+from engine.config import WorkerConfig
+from protos import errors
+from router.config import RouterConfig
+from rpc import status
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+Reply = tuple[str, bytes]  # a value, or an error as an ErrorDetail message
+
+
+class _Service(Protocol):
+    @property
+    def address(self) -> str: ...
+
+    async def stop(self) -> None: ...
+
+
+class _Drains(_Service, Protocol):
+    async def drain(self, timeout_s: float) -> None: ...
+
+
+class ServiceActor(ABC):
+    """Start, watch and stop one service. The controller calls; nothing is restarted here."""
+
+    def __init__(self, pool: str, worker_id: str, port: int, settings: str) -> None:
+        """`settings` is a `ClusterConfig` as JSON."""
+        configure_logging()
+        self._pool = pool
+        self._worker_id = worker_id
+        self._port = port
+        self._config = ClusterConfig.model_validate_json(settings)
+        self._progress = ""
+        self._closed = asyncio.Event()
+
+    @abstractmethod
+    async def _serve(self, model: hub.ResolvedModel) -> _Service:
+        """Start the service."""
+
+    async def place(self) -> tuple[str, int]:
+        """The node's address with the start of its Ray id, and this process."""
+        return f"{_node_ip()}/{ray.get_runtime_context().get_node_id()[:8]}", os.getpid()
+
+    async def progress(self) -> str:
+        """What the start is doing."""
+        return self._progress
+
+    async def start(self) -> Reply:
+        """Find the model on this node, load it and serve; the service's address."""
+        try:
+            model = await asyncio.to_thread(hub.resolve, self._config.model, self._report)
+            self._report("loading the model")
+            self._service = await self._serve(model)
+        except Exception as error:
+            return "", describe_error(error)
+        return self._service.address, b""
+
+    async def closed(self) -> None:
+        """Returns when the service has been stopped; fails when the process dies."""
+        await self._closed.wait()
+
+    async def stop(self) -> None:
+        """End the service in good order."""
+        await self._service.stop()
+        self._closed.set()
+
+    def _report(self, text: str) -> None:
+        self._progress = text
+        log.info("%s: %s", self._worker_id, text)
+
+
+class WorkerActor(ServiceActor):
+    """A worker of either pool. What serves is imported here, so that a decode node never loads prefill's code."""
+
+    async def _serve(self, model: hub.ResolvedModel) -> _Service:
+        config = WorkerConfig(
+            worker_id=self._worker_id,
+            model=str(model.path),
+            redis_url=self._config.redis or "",
+            cluster=self._config.name,
+            host=node_host(self._config),
+            port=self._port,
+            engine=self._config.engine.to_engine(),
+            transports=self._config.transports,
+            tenant_secret=self._config.tenant_secret,
+        )
+        if self._pool == "prefill":
+            from prefill_worker.service import PrefillWorker
+
+            self._worker: _Drains = await PrefillWorker.start(config)
+        else:
+            from decode_worker.service import DecodeWorker
+
+            self._worker = await DecodeWorker.start(config)
+        return self._worker
+
+    async def drain(self, timeout_s: float) -> Reply:
+        """Take nothing new and finish what runs."""
+        try:
+            await self._worker.drain(timeout_s)
+        except Exception as error:
+            return "", describe_error(error)
+        return "", b""
+
+
+class RouterActor(ServiceActor):
+    """A router."""
+
+    async def _serve(self, model: hub.ResolvedModel) -> _Service:
+        from router.service import Router
+
+        return await Router.start(
+            RouterConfig(
+                router_id=self._worker_id,
+                model=str(model.path),
+                model_id=model.model_id,
+                redis_url=self._config.redis or "",
+                cluster=self._config.name,
+                host=self._config.host or node_host(self._config),
+                port=self._port,
+                tenant_secret=self._config.tenant_secret,
+                **self._config.router.model_dump(),
+            )
+        )
+
+
+def configure_logging() -> None:
+    """To stderr, which Ray keeps in a file of its own for each process."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def node_host(config: ClusterConfig) -> str:
+    """Where a service listens that other processes of the cluster call."""
+    return _node_ip() if config.ray_address else LOOPBACK
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def describe_error(error: Exception) -> bytes:
+    """An `ErrorDetail` message. What nobody foresaw goes to this process's log in full."""
+    if not isinstance(error, errors.DiptychError):
+        log.error("unexpected", exc_info=error)
+        error = errors.DiptychError(f"{type(error).__name__}: {error}")
+    return status.to_detail(error).SerializeToString()

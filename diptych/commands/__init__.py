@@ -1,0 +1,1 @@
+"""The commands, by what they are about. Each module imports what is slow only inside its commands."""
