@@ -8,6 +8,7 @@ from prefill_worker.role import PrefillRole
 from role_kit import assert_empty, make_engine, release, request
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
+from worker.role import is_idle
 
 
 @pytest_asyncio.fixture
@@ -17,6 +18,9 @@ async def kit():
     loop = WorkerLoop(role)
     loop.start()
     yield loop, role, runner
+    async with asyncio.timeout(5):
+        while not is_idle(loop.load):  # the last messages are still on their way
+            await asyncio.sleep(0.01)
     await asyncio.to_thread(loop.stop)
     assert not loop.alive
     assert_empty(role)
