@@ -1,4 +1,4 @@
-"""Plots of what `benchmarks/attention_kernels.py` measured, beside its results: python benchmarks/plot_attention_kernels.py RESULTS.json"""
+"""Plots of what `benchmarks/attention_kernels.py` measured: `python -m benchmarks.plot_attention_kernels RESULT.json`."""
 
 import json
 import sys

@@ -14,5 +14,6 @@ def local_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_memory_monitor_refresh_ms": "0",  # it kills actors of ours for the memory that others use
+        "RAY_worker_niceness": "0",  # its workers are our servers: they must not yield to everything else
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's own wish, else it warns
     }
