@@ -34,7 +34,6 @@ class EngineSettings(_Settings):
     max_sequences: int = Field(default=EngineConfig.max_sequences, ge=1)
     max_waiting: int = Field(default=EngineConfig.max_waiting, ge=1)
     dtype: str = Field(default=EngineConfig.dtype, pattern="^(auto|float32|bfloat16|float16)$")
-    device: str = Field(default=EngineConfig.device, pattern=r"^(cpu|cuda(:\d+)?)$")
     threads: int = Field(default=EngineConfig.threads, ge=1)
 
     def to_engine(self) -> EngineConfig:

@@ -13,7 +13,6 @@ class EngineConfig:
     max_sequences: int = 64  # most sequences in one step
     max_waiting: int = 1024  # most sequences that wait for room
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    device: str = "cpu"
     threads: int = 1
 
     def __post_init__(self) -> None:

@@ -57,7 +57,6 @@ def test_the_example_is_valid():
         ("redis: http://h", "redis: must be a redis://"),
         ("name: UPPER", "name: "),
         ("engine: {dtype: int4}", "engine.dtype: "),
-        ("engine: {device: tpu}", "engine.device: "),
         ("transports: []", "transports: "),
         ("- 1", "must hold settings"),
         ("{", "cannot read"),

@@ -80,7 +80,7 @@ class WorkerHost(ABC):
     async def start(cls, config: WorkerConfig) -> Self:
         """Load, listen, register. Raises `ModelUnusable`, `PortTaken` or `MetadataUnavailable`."""
         torch.set_num_threads(config.engine.threads)
-        loaded = await asyncio.to_thread(load_model, config.model, config.engine.dtype, config.engine.device)
+        loaded = await asyncio.to_thread(load_model, config.model, config.engine.dtype, "cpu")
         worker = cls(config, loaded)
         try:
             await worker._serve()

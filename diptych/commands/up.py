@@ -30,7 +30,6 @@ def up(
     page_size: Annotated[int | None, typer.Option(min=1, help="Tokens in one KV page [64].")] = None,
     num_pages: Annotated[int | None, typer.Option(min=1, help="KV pages of one worker [256].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 [auto].")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [cpu].")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one worker [1].")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until it is ready.")] = 900,
 ) -> None:
@@ -50,7 +49,6 @@ def up(
         "engine.page_size": page_size,
         "engine.num_pages": num_pages,
         "engine.dtype": dtype,
-        "engine.device": device,
         "engine.threads": threads,
     }
     settings = load_config(config, given)
