@@ -1,4 +1,4 @@
-"""Plots of what `benchmarks/attention_kernels.py` measured: `python -m benchmarks.plot_attention_kernels RESULT.json`."""
+"""Plots of `benchmarks/attention_kernels.py`: `python -m benchmarks.plot_attention_kernels RESULT.json`."""
 
 import json
 import sys

@@ -96,7 +96,6 @@ class RayLauncher(Launcher):
         else:
             kind = WorkerActor
             options["resources"] = {pool: 1}
-            options["num_gpus"] = 1 if self._config.engine.device.startswith("cuda") else 0
         actor: Any = ray.remote(kind).options(**options)
         return RayProcess(actor.remote(pool, worker_id, port, self._settings), pool)
 
