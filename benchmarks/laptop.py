@@ -185,7 +185,7 @@ async def measure_round(
 
 
 def derive(medians: dict[str, float], weight_bytes: int, rate: float) -> dict[str, float]:
-    """What the issue of speed asks: ratios, overhead, and the share of the memory's rate."""
+    """Ratios, overhead, and the share of the memory's rate."""
     derived = {
         "tpot_transformers_over_diptych": medians["tpot_ms.transformers"] / medians["tpot_ms.diptych"],
         "ttft_transformers_over_diptych": medians["ttft_512_ms.transformers"] / medians["ttft_512_ms.diptych"],
