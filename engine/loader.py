@@ -10,6 +10,7 @@ from engine.fingerprint import model_fingerprint
 from engine.model import Decoder
 from engine.model_config import ModelConfig
 from engine.weights import load_weights
+from kernels.linear import has_float16_tiles
 from protos.errors import FixTheSetup
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,17 +49,10 @@ def _device(name: str) -> torch.device:
 
 def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or _cpu_is_fast_in_bfloat16() else torch.float32
+        # Half the bytes to read for each token, where the product need not be emulated. SmolLM2-135M on two AVX2 cores:
+        # one stream is level, 8 streams get 90 tokens/s against 59 in float32 (benchmarks/results/laptop_*.json), and
+        # perplexity on 290 tokens of prose is 7.755 against 7.753.
+        return torch.bfloat16 if device.type == "cuda" or has_float16_tiles() else torch.float32
     if name not in _DTYPES:
         raise FixTheSetup(f"no dtype {name!r}: give auto, {', '.join(_DTYPES)}", stage="load")
     return _DTYPES[name]
-
-
-def _cpu_is_fast_in_bfloat16() -> bool:
-    """Half the bytes of float32 to read for each token, where `kernels.linear` does not have to emulate the product.
-
-    SmolLM2-135M on one AVX2 core, which has no bfloat16 unit but FBGEMM's float16 tiles: 38 ms a decoded token against
-    45 in float32, 512 prompt tokens in 1.65 s against 1.77; perplexity on 290 tokens of prose 7.755 against 7.753.
-    """
-    tiles = torch.backends.quantized.engine in ("x86", "fbgemm")
-    return tiles or torch.cpu._is_amx_tile_supported()

@@ -56,9 +56,7 @@ def prepare_weight(w: Tensor) -> Weight:
     if w.device.type != "cpu" or w.dtype == torch.float64:
         return w
     if w.dtype != torch.float32:
-        if torch.cpu._is_amx_tile_supported():
-            return w  # F.linear in bfloat16 uses the tile units
-        if _fbgemm_has_float16() and _fits_float16(w):
+        if has_float16_tiles() and _fits_float16(w):
             return PackedWeight(torch.ops.quantized.linear_prepack_fp16(w.float(), None), *w.shape)
     # One row reads a wide weight at 23 GB/s transposed and 13 as stored; a tall one is read faster as stored.
     w = w.float()
@@ -95,7 +93,8 @@ def _blocked_linear(x: Tensor, w: BlockedWeight) -> Tensor:
     return out.view(*x.shape[:-1], w.out_features)
 
 
-def _fbgemm_has_float16() -> bool:
+def has_float16_tiles() -> bool:
+    """Whether half-width weights are fast on this CPU: FBGEMM's tiles, on x86 whatever its units."""
     return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 

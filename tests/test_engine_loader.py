@@ -24,7 +24,7 @@ def test_what_is_loaded(tmp_path):
 def test_auto_takes_what_is_fast_here(tmp_path, monkeypatch, fast, dtype):
     path = make_tiny_model(tmp_path)
     assert load_model(path, "auto", "cpu").model.dtype in (torch.bfloat16, torch.float32)
-    monkeypatch.setattr(loader, "_cpu_is_fast_in_bfloat16", lambda: fast)
+    monkeypatch.setattr(loader, "has_float16_tiles", lambda: fast)
     assert load_model(path, "auto", "cpu").model.dtype == dtype
 
 

@@ -37,11 +37,10 @@ def test_a_bias_and_more_dimensions(dtype):
         torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_half_width_weights_keep_their_values(monkeypatch):
+def test_half_width_weights_keep_their_values():
     """The tiles hold float16: a unit input gives each weight back."""
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         pytest.skip("no FBGEMM on this platform")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     w = weight((32, 16), torch.bfloat16)
     w[0] = 2.0**-18 * torch.arange(16)
     packed = prepare_weight(w)
@@ -50,8 +49,7 @@ def test_half_width_weights_keep_their_values(monkeypatch):
 
 
 @pytest.mark.parametrize("largest", [1e5, 2.0**-9])
-def test_weights_that_float16_would_spoil_stay_wide(monkeypatch, largest):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def test_weights_that_float16_would_spoil_stay_wide(largest):
     w = (weight((64, 48), torch.float32) / weight((64, 48), torch.float32).abs().max() * largest).bfloat16()
     prepared = prepare_weight(w)
     assert isinstance(prepared, BlockedWeight)
@@ -61,19 +59,10 @@ def test_weights_that_float16_would_spoil_stay_wide(monkeypatch, largest):
 
 
 def test_without_fbgemm(monkeypatch):
-    monkeypatch.setattr(module, "_fbgemm_has_float16", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(module, "has_float16_tiles", lambda: False)
     w, x = weight((64, 48), torch.bfloat16), torch.randn(3, 48)
     expected = x.double() @ w.double().t()
     torch.testing.assert_close(linear(x, prepare_weight(w)).double(), expected, atol=5e-6, rtol=5e-6)
-
-
-def test_with_tile_units_the_weight_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    w = weight((64, 48), torch.bfloat16)
-    assert prepare_weight(w) is w
-    out = linear(torch.randn(3, 48), w)
-    assert out.dtype == torch.float32
 
 
 def test_inference_mode_and_views():
