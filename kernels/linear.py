@@ -55,9 +55,8 @@ def prepare_weight(w: Tensor) -> Weight:
         raise ValueError(f"w must be [out, in], not {tuple(w.shape)}")
     if w.device.type != "cpu" or w.dtype == torch.float64:
         return w
-    if w.dtype != torch.float32:
-        if has_float16_tiles() and _fits_float16(w):
-            return PackedWeight(torch.ops.quantized.linear_prepack_fp16(w.float(), None), *w.shape)
+    if w.dtype != torch.float32 and has_float16_tiles() and _fits_float16(w):
+        return PackedWeight(torch.ops.quantized.linear_prepack_fp16(w.float(), None), *w.shape)
     # One row reads a wide weight at 23 GB/s transposed and 13 as stored; a tall one is read faster as stored.
     w = w.float()
     if w.shape[0] < w.shape[1]:
