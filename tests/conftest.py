@@ -6,12 +6,12 @@ import signal
 # Read when torch is first imported: tests that need no torch never load it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts its background jobs with SIGINT ignored, which children inherit: Ctrl-C could not be tested there.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 
 from engine import hub
+
+# A shell starts its background jobs with SIGINT ignored, which children inherit: Ctrl-C could not be tested there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
