@@ -137,7 +137,7 @@ class Stack:
             [sys.executable, str(ROOT / "tests" / "serve_one.py"), kind, json.dumps(settings)],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
         )
         with process.stdout:
             line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), START_S)
