@@ -27,6 +27,14 @@ async def test_what_waits_leaves_as_one_message_in_order():
     assert tokens(await asyncio.wait_for(outbox.take(), 1)) == [5]
 
 
+async def test_a_closed_outbox_ends_whoever_waits():
+    outbox = Outbox(asyncio.get_running_loop())
+    waiting = asyncio.create_task(outbox.take())
+    await asyncio.sleep(0)
+    outbox.close()
+    assert await asyncio.wait_for(waiting, 1) is None
+
+
 async def test_take_waits_for_something():
     outbox = Outbox(asyncio.get_running_loop())
     with pytest.raises(TimeoutError):

@@ -67,9 +67,9 @@ class WorkerHost(ABC):
             tokenizer=Tokenizer.from_dir(Path(config.model)).fingerprint,
         )
         scheduler = Scheduler(pool, engine_config, root, self._announcer.sealed)
-        self._engine = Engine(scheduler, ModelRunner(loaded.model, cache, engine_config))
+        engine = Engine(scheduler, ModelRunner(loaded.model, cache, engine_config))
         self._page_servers = registry.serve(config.transports, self.segment, config.host)
-        self._loop = WorkerLoop(self.make_role(self._engine))
+        self._loop = WorkerLoop(self.make_role(engine))
         self._server: RpcServer | None = None
 
     @abstractmethod

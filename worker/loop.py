@@ -13,7 +13,7 @@ from worker.role import Role
 
 log = logging.getLogger(__name__)
 
-_INBOX = 8192  # messages; past it, the services wait
+_INBOX = 8192  # messages; past it, the stream that brings one more ends
 _IDLE_S = 0.02  # how late a deadline may be noticed while nothing runs
 
 

@@ -18,14 +18,22 @@ class Outbox:
         self._ready = asyncio.Event()
         self._updates: list[worker_pb2.SequenceUpdate] = []
         self._load = worker_pb2.WorkerLoad()
+        self._closed = False
 
     def post(self, updates: Iterable[worker_pb2.SequenceUpdate], load: worker_pb2.WorkerLoad) -> None:
         """Add updates; callable from any thread."""
         self._loop.call_soon_threadsafe(self._add, list(updates), load)
 
-    async def take(self) -> worker_pb2.Step:
-        """Everything that waits, as one message, as soon as there is something."""
+    def close(self) -> None:
+        """The router hangs up: nobody will take anything more."""
+        self._closed = True
+        self._ready.set()
+
+    async def take(self) -> worker_pb2.Step | None:
+        """Everything that waits, as one message, as soon as there is something; None once it is closed."""
         await self._ready.wait()
+        if self._closed:
+            return None
         self._ready.clear()
         step = worker_pb2.Step(updates=self._updates, load=self._load)
         self._updates = []

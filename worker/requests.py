@@ -27,7 +27,7 @@ def sequence_of(message: worker_pb2.Prefill | worker_pb2.Decode, answer_len: int
         tokens=tokens,
         prompt_len=len(tokens),
         max_len=len(tokens) + answer_len,
-        sampling=SamplingParams.from_proto(message.sampling, default_seed=0),
+        sampling=SamplingParams.from_proto(message.sampling, default_seed=0),  # the router has drawn one
         end_ids=frozenset(message.end_token_ids),
         keys=keys,
     )

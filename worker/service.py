@@ -36,15 +36,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             await status.abort(context, error)
         outbox = Outbox(asyncio.get_running_loop())
         self._loop.attach(router_id, outbox)
-        # grpc closes a generator that is cut off while it sends only when it is collected: too late for what it holds.
-        context.add_done_callback(lambda _: self._loop.detach(router_id, outbox))  # type: ignore[arg-type]  # its stub
-        reader = asyncio.create_task(self._read(router_id, messages))
-        try:
-            yield worker_pb2.WorkerMessage(hello=self._describe())
-            async for step in self._steps(outbox, reader):
-                yield worker_pb2.WorkerMessage(step=step)
-        finally:
+        reader = asyncio.create_task(self._read(router_id, messages, outbox))
+
+        def hung_up(_: object) -> None:
+            self._loop.detach(router_id, outbox)
             reader.cancel()
+
+        # Not in `finally`: grpc closes a generator that is cut off while it sends only when it is collected.
+        context.add_done_callback(hung_up)  # type: ignore[arg-type]  # the stub wants a named argument
+        yield worker_pb2.WorkerMessage(hello=self._describe())
+        while (step := await outbox.take()) is not None:
+            yield worker_pb2.WorkerMessage(step=step)
+        await reader  # raises what broke the stream, if anything did
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -65,18 +68,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             break
         raise InvalidRequest("the first message must be a Hello with a router_id", field="hello", stage="connect")
 
-    async def _read(self, router_id: str, messages: AsyncIterator[worker_pb2.RouterMessage]) -> None:
-        async for message in messages:
-            self._loop.handle(router_id, message)
-
-    @staticmethod
-    async def _steps(outbox: Outbox, reader: "asyncio.Task[None]") -> AsyncIterator[worker_pb2.Step]:
-        """The outbox's steps until the router hangs up."""
-        while True:
-            take = asyncio.create_task(outbox.take())
-            await asyncio.wait({take, reader}, return_when=asyncio.FIRST_COMPLETED)
-            if not take.done():
-                take.cancel()
-                reader.result()  # raises what broke the stream, if anything did
-                return
-            yield take.result()
+    async def _read(self, router_id: str, messages: AsyncIterator[worker_pb2.RouterMessage], outbox: Outbox) -> None:
+        try:
+            async for message in messages:
+                self._loop.handle(router_id, message)
+        finally:
+            outbox.close()
