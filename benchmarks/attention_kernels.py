@@ -10,6 +10,7 @@ order, and a figure is the median over the turns: a GPU at its power limit chang
 import argparse
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import time
@@ -256,7 +257,7 @@ def device_row(commit: str) -> Json:
         "triton": triton.__version__,
         "date": date.today().isoformat(),
         "commit": commit,
-        "command": "make gpu-bench",
+        "command": shlex.join(["python3", *sys.orig_argv[1:]]),
         "shape": f"GQA {HEADS}/{KV_HEADS}, bfloat16, pages of {PAGE} tokens",
     }
 
