@@ -13,6 +13,7 @@ import math
 import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date

@@ -76,6 +76,10 @@ class Cost:
     decode_ms: float
 
     @property
+    def ttft_ms(self) -> float:
+        return self.queue_ms + self.compute_ms
+
+    @property
     def total_ms(self) -> float:
         return self.queue_ms + self.compute_ms + self.hand_over_ms + self.decode_ms
 
