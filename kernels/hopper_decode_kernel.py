@@ -1,14 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="operator, union-attr"
 """The device side of `hopper_decode`: paged flash decoding (Dao et al. 2023) in Gluon, shared out as stream-K.
 
-Work is cut into units of 64 tokens of one KV head. `plan_kernel` gives each program an equal run of units, from lengths
-that live on the device, so one CUDA graph serves changing lengths. In a program one warp does nothing but fetch: it
-keeps K and V of two or three units in flight by TMA, across heads and sequences; the other four compute. A head whose
-units were cut is merged by whichever program finishes it last.
+Work is cut into units of 64 tokens of one KV head. `hopper_decode_schedule` gives each program a run of units, from
+lengths that live on the device, so one CUDA graph serves changing lengths. In a program one warp does nothing but
+fetch: it keeps K and V of two or three units in flight by TMA, across heads and sequences; the other four compute.
+A head whose units were cut is merged by whichever program finishes it last.
+
+A tile's 64 rows are the query heads of one KV head, for each of a sequence's queries: query by query.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,41 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.hopper_decode_results import keep_part, merge_cut_tile, token_and_head, write_empty, write_result
+from kernels.hopper_decode_schedule import part_size, span
+
 # All threads of the warps that reach it; Triton 3.7 has it under a new name.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@triton.jit(do_not_specialize=["seqs", "programs"])
-def plan_kernel(Lens, Plan, seqs, programs, KV_HEADS: tl.constexpr, SEQS: tl.constexpr):
-    """Each program's run of (sequence, head, unit), 32 programs a block.
-
-    Plan: units, programs used, then 8 ints a program: sequence, head, first unit, units to do, units of the sequence,
-    its length, the number of its head's first unit, 0.
-    """
-    seq = tl.arange(0, SEQS)
-    lens = tl.load(Lens + seq, mask=seq < seqs, other=0)
-    units_of = (lens + 63) // 64 * KV_HEADS
-    ends = tl.cumsum(units_of, 0)
-    units = tl.sum(units_of, 0)
-    used = tl.maximum(tl.minimum(programs, units), 1)
-    c = tl.program_id(0) * 32 + tl.arange(0, 32)
-    start = c * units // used
-    todo = (c + 1) * units // used - start
-    b = tl.sum(((ends[None, :] <= start[:, None]) & (seq[None, :] < seqs)).to(tl.int32), 1)
-    ok = (c < used) & (b < seqs)
-    offset = start - tl.sum(tl.where(seq[None, :] == b[:, None] - 1, ends[None, :], 0), 1)
-    length = tl.load(Lens + b, mask=ok, other=1)
-    n = (length + 63) // 64
-    record = Plan + 8 + c * 8
-    tl.store(record, b)
-    tl.store(record + 1, offset // n)
-    tl.store(record + 2, offset % n)
-    tl.store(record + 3, tl.where(ok, todo, 0))
-    tl.store(record + 4, n)
-    tl.store(record + 5, length)
-    tl.store(record + 6, start - offset % n)
-    tl.store(Plan, units)
-    tl.store(Plan + 1, used)
 
 
 @gluon.jit
@@ -95,22 +65,26 @@ def _fetch_box(kv_desc, row, to_v, bar, k_t, v_t, box, HD: gl.constexpr, BOXES: 
 
 
 @gluon.jit
-def _next_sequence(Lens, b):
+def _next_sequence(Lens, b, skip, QUERIES: gl.constexpr, WINDOW: gl.constexpr, SKIPS: gl.constexpr):
+    """The next one that has units: its number, length, first unit, units."""
     b += 1
     length = gl.load(Lens + b)
-    while length == 0:
+    base, n = span(length, skip, QUERIES, WINDOW, SKIPS)
+    while n == 0:
         b += 1
         length = gl.load(Lens + b)
-    return b, length
+        base, n = span(length, skip, QUERIES, WINDOW, SKIPS)
+    return b, length, base, n
 
 
 @gluon.jit
 def _producer(
-    kv_desc, k_t, v_t, full, empty, Table, Lens, Plan, table_stride, first_row, page_rows,
+    kv_desc, k_t, v_t, full, empty, Table, Lens, Skip, Plan, table_stride, first_row, page_rows,
     KV_HEADS: gl.constexpr, HD: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, ST: gl.constexpr,
-    OVERLAP: gl.constexpr,
+    QUERIES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SKIPS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     BOXES: gl.constexpr = 64 // BOX
+    NEWEST: gl.constexpr = 1 if QUERIES == 1 else 2  # units at a context's end that its queries' own tokens lie in
     to_v = KV_HEADS * PAGE
     record = Plan + 8 + gl.program_id(0) * 8
     todo = gl.load(record + 3)
@@ -119,15 +93,19 @@ def _producer(
     unit = gl.load(record + 2)
     n = gl.load(record + 4)
     length = gl.load(record + 5)
+    base = gl.load(record + 7)
+    skip = gl.load(Skip) if SKIPS else 0
     it = gl.to_tensor(0)
     while todo > 0:
         take = gl.minimum(todo, n - unit)
+        unit += base
+        end = base + n
         row = Table + b.to(gl.int64) * table_stride
         last = (length - 1) // PAGE
         p0, p1, p2, p3 = _page_ids(row, unit, last, PAGE)
         for i in range(take):
-            if OVERLAP:  # noqa: SIM102 (a compile-time branch)
-                if unit + i == n - 1:  # it holds the newest token, which the previous kernel may be writing
+            if OVERLAP == 1 and CAUSAL:  # noqa: SIM102 (a compile-time branch)
+                if unit + i >= end - NEWEST:  # the previous kernel may be writing the newest tokens
                     _after_previous_kernel()
             st = it % ST
             inside = first_row + h * PAGE + (unit + i) % (PAGE // BOX) * BOX
@@ -142,72 +120,13 @@ def _producer(
                 _fetch_box(kv_desc, p2 * page_rows + inside, to_v, full.index(st), k_t, v_t, box + 2, HD, BOXES)
                 _fetch_box(kv_desc, p3 * page_rows + inside, to_v, full.index(st), k_t, v_t, box + 3, HD, BOXES)
             it += 1
-            p0, p1, p2, p3 = _page_ids(row, gl.minimum(unit + i + 1, n - 1), last, PAGE)
+            p0, p1, p2, p3 = _page_ids(row, gl.minimum(unit + i + 1, end - 1), last, PAGE)
         todo -= take
         unit = 0
         h += 1
         if (h == KV_HEADS) & (todo > 0):
             h = 0
-            b, length = _next_sequence(Lens, b)
-            n = (length + 63) // 64
-
-
-@gluon.jit
-def _merge(
-    Part, Stat, Out, Lse, head, slot0, shift, parts, scale,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, HD: gl.constexpr, WITH_LSE: gl.constexpr,
-):  # fmt: skip
-    """Join `parts` partial results of one KV head's query heads: slots slot0 (+ shift), slot0 + 2, ..."""
-    NP: gl.constexpr = 32 if ROWS <= 4 else (16 if ROWS == 8 else 64 // ROWS)  # as many as registers hold
-    THREADS: gl.constexpr = 32 if HD == 128 else 16
-    L3: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32 // THREADS, THREADS], [1, 4, 1], [2, 1, 0])
-    L2: gl.constexpr = gl.SliceLayout(2, L3)
-    LO: gl.constexpr = gl.SliceLayout(0, L3)
-    r = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, L2)), 0)
-    r3 = gl.expand_dims(r, 2)
-    d3 = gl.expand_dims(gl.expand_dims(gl.arange(0, HD, layout=gl.SliceLayout(0, gl.SliceLayout(1, L3))), 0), 1)
-    m = gl.full([ROWS], -1.0e30, gl.float32, layout=gl.SliceLayout(0, L2))
-    total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(0, L2))
-    acc = gl.zeros([ROWS, HD], gl.float32, layout=LO)
-    for j0 in range(0, parts, NP):
-        j = gl.expand_dims(j0 + gl.arange(0, NP, layout=gl.SliceLayout(1, L2)), 1)
-        slot = slot0 + 2 * j + gl.where(j == 0, shift, 0)
-        ok = j < parts
-        # .cg: other programs wrote these, the first-level cache may be older
-        pm = gl.load(Stat + slot * (2 * ROWS) + r, mask=ok, other=-1.0e30, cache_modifier=".cg")
-        pl = gl.load(Stat + slot * (2 * ROWS) + ROWS + r, mask=ok, other=0.0, cache_modifier=".cg")
-        at = gl.expand_dims(slot, 2) * (ROWS * HD) + r3 * HD + d3
-        part = gl.load(Part + at, mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg")
-        new = gl.maximum(m, gl.max(pm, 0))
-        w = gl.exp2((pm - gl.expand_dims(new, 0)) * scale)
-        old = gl.exp2((m - new) * scale)
-        total = total * old + gl.sum(pl * w, 0)
-        kept = acc * gl.expand_dims(gl.convert_layout(old, gl.SliceLayout(1, LO)), 1)
-        acc = kept + gl.sum(part * gl.expand_dims(w, 2), 0)
-        m = new
-    ro = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LO))
-    do = gl.expand_dims(gl.arange(0, HD, layout=gl.SliceLayout(0, LO)), 0)
-    out = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, LO)), 1)
-    at = (head * GROUP + gl.expand_dims(ro, 1)) * HD + do
-    gl.store(Out + at, out.to(Out.dtype.element_ty), mask=gl.expand_dims(ro, 1) < GROUP)
-    if WITH_LSE:
-        rl = gl.arange(0, ROWS, layout=gl.SliceLayout(0, L2))
-        gl.store(Lse + head * GROUP + rl, (m * scale + gl.log2(total)) * 0.6931471805599453, mask=rl < GROUP)
-
-
-@gluon.jit
-def _write_empty(Out, Lse, Lens, seqs, HEADS: gl.constexpr, HD: gl.constexpr, WITH_LSE: gl.constexpr):
-    """Rows without a context (a graph's padding): zeros, and a log-sum-exp of minus infinity."""
-    L: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
-    for b in range(gl.program_id(0), seqs, gl.num_programs(0)):
-        if gl.load(Lens + b) == 0:
-            for at in range(0, HEADS * HD, 1024):
-                x = at + gl.arange(0, 1024, layout=L)
-                zero = gl.full([1024], 0.0, Out.dtype.element_ty, layout=L)
-                gl.store(Out + b * (HEADS * HD) + x, zero, mask=x < HEADS * HD)
-                if WITH_LSE:
-                    minus = gl.full([1024], float("-inf"), gl.float32, layout=L)
-                    gl.store(Lse + b * HEADS + x, minus, mask=x < HEADS)
+            b, length, base, n = _next_sequence(Lens, b, skip, QUERIES, WINDOW, SKIPS)
 
 
 @gluon.jit
@@ -222,15 +141,18 @@ def _clear_tail(v, tokens, HD: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    Q, k_s, v_s, full, empty, Out, Lse, Lens, Plan, Part, Stat, Count, scale, q_stride, seqs,
+    Q, k_s, v_s, full, empty, Out, Lse, Lens, Skip, Plan, Part, Stat, Count, scale, squeeze, q_stride, tokens, seqs,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, HD: gl.constexpr, ST: gl.constexpr,
-    WITH_LSE: gl.constexpr, OVERLAP: gl.constexpr,
+    QUERIES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SKIPS: gl.constexpr, PARTS: gl.constexpr,
+    SPLIT: gl.constexpr, CAPPED: gl.constexpr, WITH_LSE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HD, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
     Q_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_L, k_width=2)
     DTYPE: gl.constexpr = Q.dtype.element_ty
+    HEADS: gl.constexpr = KV_HEADS * GROUP
+    USED: gl.constexpr = GROUP * QUERIES  # rows
     c = gl.program_id(0)
     record = Plan + 8 + c * 8
     todo = gl.load(record + 3)
@@ -242,33 +164,49 @@ def _consumer(
     n = gl.load(record + 4)
     length = gl.load(record + 5)
     first = gl.load(record + 6)  # number of the head's first unit; mine: of this program's
+    base = gl.load(record + 7)
+    skip = gl.load(Skip) if SKIPS else 0
     mine = c * units // used
-    if OVERLAP:
+    if OVERLAP == 1:
         _after_previous_kernel()
-    _write_empty(Out, Lse, Lens, seqs, KV_HEADS * GROUP, HD, WITH_LSE)
+    if PARTS == 0:
+        write_empty(Out, Lse, Lens, skip, seqs, QUERIES * HEADS, HD, WITH_LSE)
     it = gl.to_tensor(0)
     qr = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, Q_L)), 1)
     qd = gl.expand_dims(gl.arange(0, HD, layout=gl.SliceLayout(0, Q_L)), 0)
     cols = gl.arange(0, 64, layout=gl.SliceLayout(0, S_L))
-    orow = gl.arange(0, 64, layout=gl.SliceLayout(1, O_L))
-    ocol = gl.expand_dims(gl.arange(0, HD, layout=gl.SliceLayout(0, O_L)), 0)
-    er = gl.expand_dims(orow, 1)
+    behind = gl.maximum(QUERIES - 1 - gl.arange(0, 64, layout=gl.SliceLayout(1, S_L)) // GROUP, 0)  # newer queries
     while todo > 0:
         take = gl.minimum(todo, n - unit)
-        q = gl.load(Q + b.to(gl.int64) * q_stride + (h * GROUP + qr) * HD + qd, mask=qr < GROUP, other=0.0)
+        size = part_size(n, PARTS, SPLIT) if PARTS > 0 else 0
+        if PARTS > 0:
+            take = gl.minimum(n - unit, size)
+        token, head = token_and_head(b, h, qr, GROUP, QUERIES)
+        if not CAUSAL:  # the last tile may have fewer queries
+            token = gl.minimum(token, tokens - 1)
+        q = gl.load(Q + token.to(gl.int64) * q_stride + head * HD + qd, mask=qr < USED, other=0.0)
         acc = gl.zeros([64, HD], gl.float32, layout=O_L)
         m = gl.full([64], -1.0e30, gl.float32, layout=gl.SliceLayout(1, S_L))
         total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S_L))
         for i in range(take):
             st = it % ST
             mbarrier.wait(full.index(st), (it // ST) & 1)
-            left = length - (unit + i) * 64  # tokens of the sequence from this unit on
+            left = length - (base + unit + i) * 64  # tokens of the sequence from this unit on
             if left < 64:
                 _clear_tail(v_s.index(st), left, HD)
             zero = gl.zeros([64, 64], gl.float32, layout=S_L)
             s = warpgroup_mma(q, k_s.index(st).permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            s = gl.where(gl.expand_dims(cols, 0) < left, s, -1.0e30)
+            if CAPPED:  # tanh: its own instruction is good for three digits only
+                s = 1.0 - 2.0 / (gl.exp2(s * squeeze) + 1.0)
+            seen = gl.expand_dims(cols, 0) < left
+            if CAUSAL and QUERIES > 1:
+                seen = gl.expand_dims(cols, 0) < gl.expand_dims(left - behind, 1)
+            if WINDOW > 0:
+                seen &= gl.expand_dims(cols, 0) >= gl.expand_dims(left - behind - WINDOW, 1)
+            if SKIPS:
+                seen &= gl.expand_dims(cols, 0) >= left - length + skip
+            s = gl.where(seen, s, float("-inf"))  # so p is 0 even where m is -1e30, as no key was seen yet
             new = gl.maximum(m, gl.max(s, 1))
             old = gl.exp2((m - new) * scale)
             p = gl.exp2(s * scale - gl.expand_dims(new * scale, 1))
@@ -279,48 +217,53 @@ def _consumer(
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(st), count=1)
             it += 1
-        head = b * KV_HEADS + h
+        tile = b * KV_HEADS + h
         mo = gl.convert_layout(m, gl.SliceLayout(1, O_L))
         to = gl.convert_layout(total, gl.SliceLayout(1, O_L))
-        if take == n:
-            out = (acc / gl.expand_dims(to, 1)).to(DTYPE)
-            gl.store(Out + (head * GROUP + er) * HD + ocol, out, mask=er < GROUP)
-            if WITH_LSE:
-                lse = (mo * scale + gl.log2(to)) * 0.6931471805599453
-                gl.store(Lse + head * GROUP + orow, lse, mask=orow < GROUP)
+        if PARTS > 0:
+            keep_part(Part, Stat, tile * PARTS + unit // size, acc, mo, to, USED, ROWS, HD)
+        elif take == n:
+            write_result(Out, Lse, b, h, acc, mo, to, scale, KV_HEADS, GROUP, HD, QUERIES, WITH_LSE)
         else:
             first_program = ((first + 1) * used - 1) // units
             last_program = ((first + n) * used - 1) // units
             slot = 2 * c + gl.where(mine < first, 1, 0)
-            gl.store(Part + slot * (ROWS * HD) + er * HD + ocol, acc, mask=er < GROUP)
-            gl.store(Stat + slot * (2 * ROWS) + orow, mo, mask=orow < GROUP)
-            gl.store(Stat + slot * (2 * ROWS) + ROWS + orow, to, mask=orow < GROUP)
+            keep_part(Part, Stat, slot, acc, mo, to, USED, ROWS, HD)
             _barrier()
-            if gl.atomic_add(Count + head, 1, sem="acq_rel") == last_program - first_program:
-                gl.store(Count + head, 0)
+            if gl.atomic_add(Count + tile, 1, sem="acq_rel") == last_program - first_program:
+                gl.store(Count + tile, 0)
                 shift = gl.where(first_program * units // used < first, 1, 0)
                 parts = last_program - first_program + 1
-                slot0 = 2 * first_program
-                _merge(Part, Stat, Out, Lse, head, slot0, shift, parts, scale, GROUP, ROWS, HD, WITH_LSE)
+                merge_cut_tile(Part, Stat, Out, Lse, b, h, 2 * first_program, shift, parts, scale,
+                               KV_HEADS, GROUP, ROWS, HD, QUERIES, WITH_LSE)  # fmt: skip
         todo -= take
-        first += n
-        unit = 0
-        h += 1
-        if (h == KV_HEADS) & (todo > 0):
-            h = 0
-            b, length = _next_sequence(Lens, b)
-            n = (length + 63) // 64
+        unit += take
+        if (unit == n) & (todo > 0):
+            first += n
+            unit = gl.to_tensor(0)
+            h += 1
+            if h == KV_HEADS:
+                h = gl.to_tensor(0)
+                b, length, base, n = _next_sequence(Lens, b, skip, QUERIES, WINDOW, SKIPS)
+    if OVERLAP == 3:
+        _after_previous_kernel()
 
 
-@gluon.jit(do_not_specialize=["q_stride", "table_stride", "first_row", "page_rows", "seqs"])
+@gluon.jit(do_not_specialize=["q_stride", "table_stride", "first_row", "page_rows", "tokens", "seqs"])
 def decode_kernel(
-    Q, kv_desc, Out, Lse, Table, Lens, Plan, Part, Stat, Count, scale, q_stride, table_stride, first_row, page_rows,
-    seqs, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, HD: gl.constexpr, PAGE: gl.constexpr,
-    BOX: gl.constexpr, ST: gl.constexpr, WITH_LSE: gl.constexpr, OVERLAP: gl.constexpr,
+    Q, kv_desc, Out, Lse, Table, Lens, Skip, Plan, Part, Stat, Count, scale, squeeze, q_stride, table_stride, first_row,
+    page_rows, tokens, seqs, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, HD: gl.constexpr,
+    PAGE: gl.constexpr, BOX: gl.constexpr, ST: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, SKIPS: gl.constexpr, PARTS: gl.constexpr, SPLIT: gl.constexpr,
+    CAPPED: gl.constexpr, WITH_LSE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Plan: `plan_kernel`'s. Part, Stat, Count: room for partial results; Count is zero before and after.
 
-    first_row: of the layer's K in the pool seen as [rows, d]; page_rows: a page's. ROWS: GROUP's next power of two.
+    first_row: of the layer's K in the pool seen as [rows, d]; page_rows: a page's. ROWS: GROUP * QUERIES' next power of
+    two. PARTS: a context is cut by its own length into so many parts at most, of SPLIT units at least, which are left
+    to `merge_parts`; 0: by the plan, and the results are written.
+    OVERLAP: 0 waits for the previous kernel before it starts, 1 before what that may be writing; 2 lets the next kernel
+    run beside it, which with 3 waits for it at its own end.
     """
     DTYPE: gl.constexpr = Q.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -331,15 +274,16 @@ def decode_kernel(
     v_s = v_t._reinterpret(DTYPE, [ST, 64, HD], LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
-    if OVERLAP:
+    if OVERLAP == 1 or OVERLAP == 2:
         _let_next_kernel_start()
     for i in gl.static_range(ST):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize([
-        (_consumer, (Q, k_s, v_s, full, empty, Out, Lse, Lens, Plan, Part, Stat, Count, scale, q_stride, seqs,
-                     KV_HEADS, GROUP, ROWS, HD, ST, WITH_LSE, OVERLAP)),
-        (_producer, (kv_desc, k_t, v_t, full, empty, Table, Lens, Plan, table_stride, first_row, page_rows,
-                     KV_HEADS, HD, PAGE, BOX, ST, OVERLAP)),
+        (_consumer, (Q, k_s, v_s, full, empty, Out, Lse, Lens, Skip, Plan, Part, Stat, Count, scale, squeeze, q_stride,
+                     tokens, seqs, KV_HEADS, GROUP, ROWS, HD, ST, QUERIES, CAUSAL, WINDOW, SKIPS, PARTS, SPLIT,
+                     CAPPED, WITH_LSE, OVERLAP)),
+        (_producer, (kv_desc, k_t, v_t, full, empty, Table, Lens, Skip, Plan, table_stride, first_row, page_rows,
+                     KV_HEADS, HD, PAGE, BOX, ST, QUERIES, CAUSAL, WINDOW, SKIPS, OVERLAP)),
     ], [1], [40])  # fmt: skip

@@ -5,22 +5,23 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.attention_options import check_options
 from kernels.attention_plan import AttentionPlan
 from kernels.hopper_pool import SWIZZLE, check_pool
 from kernels.hopper_prefill_kernel import prefill_kernel
 from kernels.hopper_tiles import PrefillTiles
+from kernels.triton_kernel import next_power_of_2
 
 LOG2_E = 1.4426950408889634
-LONG_KEYS = 3000  # measured, TFLOP/s of two and three groups at 2,048 mean keys: 445, 425; at 4,096: 452, 473
+LONG_KEYS = 1500  # measured, TFLOP/s of two and three groups at 1,024 mean keys: 398, 389; at 2,048: 426, 453
 
 
 def _store_layout(head_dim: int) -> gl.DistributedLinearLayout:
-    """16-byte pieces of a row a lane; a warp keeps the 16 rows that it has in the accumulator."""
-    columns = [8 << i for i in range((head_dim // 8).bit_length() - 1)]
-    lanes = 5 - len(columns)
+    """16-byte pieces a lane; four lanes share a row, as in the accumulator, so that they trade among themselves."""
+    columns = [1 << i for i in range(5, head_dim.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4]] + [[1 << i, 0] for i in range(lanes, 4)],
-        [[0, c] for c in columns] + [[1 << i, 0] for i in range(lanes)],
+        [[0, 1], [0, 2], [0, 4], *([0, c] for c in columns), [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         [[16, 0], [32, 0]],
         [],
         [64, head_dim],
@@ -29,8 +30,8 @@ def _store_layout(head_dim: int) -> gl.DistributedLinearLayout:
 
 def why_not(head_dim: int, page_size: int, dtype: torch.dtype) -> str:
     """Why this shape needs the plain kernel; empty where this one takes it."""
-    if head_dim not in (64, 128):
-        return f"head_dim {head_dim} is neither 64 nor 128"
+    if head_dim not in (64, 96, 128, 256):
+        return f"head_dim {head_dim} is not 64, 96, 128 or 256"
     if page_size not in (16, 64, 128):
         return f"page_size {page_size} is not 16, 64 or 128"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -39,31 +40,44 @@ def why_not(head_dim: int, page_size: int, dtype: torch.dtype) -> str:
 
 
 def prefill_attention_hopper(
-    q: Tensor, cache: Tensor, layer: int, plan: AttentionPlan, lse: Tensor | None = None
+    q: Tensor,
+    cache: Tensor,
+    layer: int,
+    plan: AttentionPlan,
+    lse: Tensor | None = None,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """As `prefill_attention_triton`, for the shapes that `why_not` names nothing against."""
+    check_options(window, soft_cap)
     check_prefill(q, cache, layer, plan, lse)
-    heads, kv_heads = q.shape[1], cache.shape[3]
+    heads, kv_heads, d = q.shape[1], cache.shape[3], q.shape[2]
     tiles = plan.once(
-        ("hopper prefill", heads, kv_heads),
-        lambda: PrefillTiles.of(plan, heads, kv_heads, groups_for(plan, q.shape[2])),
+        ("hopper prefill", heads, kv_heads, d, window),
+        lambda: PrefillTiles.of(plan, heads, kv_heads, groups_for(plan, d, window), keys_for(d), window),
     )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    arguments, constants = prefill_arguments(q, cache, layer, plan.page_table, tiles, out, lse)
+    arguments, constants = prefill_arguments(q, cache, layer, plan.page_table, tiles, out, lse, window, soft_cap)
     prefill_kernel[(tiles.counts.shape[0],)](*arguments, **constants)
     return out
 
 
-def groups_for(plan: AttentionPlan, head_dim: int) -> int:
-    """How many groups of 64 query rows a tile has; three pay at head_dim 64 once a query sees some 3,000 keys."""
+def keys_for(head_dim: int) -> int:
+    """How many keys a step takes: what two stages of K and V leave of shared memory holds Q."""
+    return 64 if head_dim == 256 else 128
+
+
+def groups_for(plan: AttentionPlan, head_dim: int, window: int) -> int:
+    """How many groups of 64 query rows a tile has; three pay at head_dim 64 once a query sees some 1,500 keys."""
     spans = list(zip(plan.queries, plan.contexts, strict=True))[plan.num_decodes :]
-    pairs = sum(rows * (context - rows // 2) for rows, context in spans)
+    pairs = sum(rows * min(context - rows // 2, window or context) for rows, context in spans)
     return 3 if head_dim == 64 and pairs >= LONG_KEYS * sum(rows for rows, _ in spans) else 2
 
 
 def check_prefill(q: Tensor, cache: Tensor, layer: int, plan: AttentionPlan, lse: Tensor | None) -> None:
     """Raises ValueError naming the argument that `prefill_attention_hopper` cannot take."""
-    plan.check(q, cache, layer, plan.num_tokens - plan.num_decodes)
+    plan.check(q, cache, layer, plan.num_tokens - plan.decode_tokens)
     check_pool(q, cache, layer)
     if reason := why_not(q.shape[2], plan.page_size, q.dtype):
         raise ValueError(f"cache: {reason}")
@@ -72,22 +86,32 @@ def check_prefill(q: Tensor, cache: Tensor, layer: int, plan: AttentionPlan, lse
 
 
 def prefill_arguments(
-    q: Tensor, cache: Tensor, layer: int, page_table: Tensor, tiles: PrefillTiles, out: Tensor, lse: Tensor | None
+    q: Tensor,
+    cache: Tensor,
+    layer: int,
+    page_table: Tensor,
+    tiles: PrefillTiles,
+    out: Tensor,
+    lse: Tensor | None,
+    window: int,
+    soft_cap: float,
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """What `prefill_kernel` is launched with; also what it is compiled with where there is no GPU."""
     _, layers, _, kv_heads, page_size, d = cache.shape
     tokens, heads, _ = q.shape
     rows = kv_heads * page_size  # of a layer's K, and of its V
-    queries = TensorDescriptor(q, [tokens, heads * d], [q.stride(0), 1], [64, d], SWIZZLE)
-    pool = TensorDescriptor(cache, [cache.numel() // d, d], [d, 1], [page_size, 64], SWIZZLE)
+    wide = next_power_of_2(d)
+    queries = TensorDescriptor(q, [tokens, heads * d], [q.stride(0), 1], [64, wide], SWIZZLE)
+    pool = TensorDescriptor(cache, [cache.numel() // d, d], [d, 1], [min(page_size, tiles.keys), 64], SWIZZLE)
     arguments = (
-        queries, pool, out, lse, page_table, tiles.records, tiles.counts, d**-0.5 * LOG2_E,
-        layer * 2 * rows, layers * 2 * rows,
+        queries, pool, out, lse, page_table, tiles.records, tiles.counts, tiles.records.shape[1],
+        (soft_cap or d**-0.5) * LOG2_E, layer * 2 * rows, layers * 2 * rows,
     )  # fmt: skip
     two = tiles.groups == 2
     constants: dict[str, object] = {
-        "GROUPS": tiles.groups, "HEADS": heads, "KV_HEADS": kv_heads, "HD": d, "PAGE": page_size,
-        "ST": 2 if two else 3, "QB": 2 if two else 1, "STORE_L": _store_layout(d), "WITH_LSE": lse is not None,
+        "GROUPS": tiles.groups, "HEADS": heads, "KV_HEADS": kv_heads, "HD": d, "WIDE": wide, "KEYS": tiles.keys,
+        "PAGE": page_size, "ST": 2 if two else 3, "QB": 2 if two and d < 256 else 1, "STORE_L": _store_layout(wide),
+        "WITH_LSE": lse is not None, "WINDOW": window, "SOFT_CAP": float(soft_cap),
         "num_warps": 4, "maxnreg": 168 if two else 128,
     }  # fmt: skip
     return arguments, constants

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.capability import has_hopper_linear
+
 # Wider blocks of a transposed weight ran into address aliasing at 8 and more rows; narrower ones cost at one row.
 _BLOCK = 6144
 
@@ -64,13 +66,21 @@ def prepare_weight(w: Tensor) -> Weight:
     return BlockedWeight(tuple(block.t().contiguous() for block in torch.split(w, _BLOCK)), *w.shape)
 
 
-def linear(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
-    """x [.., in] @ w [out, in]^T + bias [out] -> [.., out], in x's dtype. w may be any that `prepare_weight` gives."""
+def linear(x: Tensor, w: Weight, bias: Tensor | None = None, *, overlap_previous: bool = False) -> Tensor:
+    """x [.., in] @ w [out, in]^T + bias [out] -> [.., out], in x's dtype. w may be any that `prepare_weight` gives.
+
+    `overlap_previous`: on Hopper, for one or two rows, start fetching w while the previous kernel of the stream still
+    runs; no kernel that may still run then writes to w.
+    """
     in_features = w.shape[1] if isinstance(w, Tensor) else w.in_features
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} features, w takes {in_features}")
     if isinstance(w, Tensor):
         if w.dtype == x.dtype:
+            if x.is_cuda and has_hopper_linear(x, w):
+                from kernels.hopper_linear import linear_hopper  # imports Triton
+
+                return linear_hopper(x, w, bias, overlap_previous=overlap_previous)
             return F.linear(x, w, bias)
         out = F.linear(x.to(w.dtype), w)
     elif isinstance(w, PackedWeight):

@@ -18,12 +18,14 @@ _BLOCK = 8192  # elements a program copies
 def page_gather(cache: Tensor, pages: Tensor) -> Tensor:
     """cache [pages, ...], pages [n] int64 -> [n, elements of a page], contiguous. Pages must lie in the pool."""
     flat = _flat(cache)
+    _check_pages(cache, pages)
     return page_gather_triton(flat, pages) if cache.is_cuda else torch.index_select(flat, 0, pages)
 
 
 def page_scatter(cache: Tensor, pages: Tensor, data: Tensor) -> None:
     """Put data [n, elements of a page] into `pages` [n] int64 of cache [pages, ...], in place. Pages must differ."""
     flat = _flat(cache)
+    _check_pages(cache, pages)
     if data.shape != (pages.shape[0], flat.shape[1]) or data.dtype != cache.dtype:
         raise ValueError(f"data is {data.dtype} {tuple(data.shape)}, not {cache.dtype} {(len(pages), flat.shape[1])}")
     if cache.is_cuda:
@@ -46,6 +48,8 @@ def page_scatter_triton(flat: Tensor, pages: Tensor, data: Tensor) -> None:
 
 def _launch(flat: Tensor, pages: Tensor, data: Tensor, *, scatter: bool) -> None:
     elements = flat.shape[1]
+    if not len(pages):
+        return
     grid = (pages.shape[0], -(-elements // _BLOCK))
     _page_copy[grid](flat, pages, data, elements, SCATTER=scatter, BLOCK=_BLOCK, num_warps=8)
 
@@ -68,3 +72,10 @@ def _flat(cache: Tensor) -> Tensor:
     if not cache.is_contiguous():
         raise ValueError("cache must be contiguous")
     return cache.view(cache.shape[0], -1)
+
+
+def _check_pages(cache: Tensor, pages: Tensor) -> None:
+    if pages.ndim != 1 or pages.dtype != torch.int64 or not pages.is_contiguous():
+        raise ValueError(f"pages must be contiguous int64 [n], not {pages.dtype} {tuple(pages.shape)}")
+    if pages.device != cache.device:
+        raise ValueError(f"pages is on {pages.device}, cache on {cache.device}")

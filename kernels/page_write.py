@@ -17,30 +17,42 @@ def page_write(k: Tensor, v: Tensor, cache: Tensor, layer: int, slots: Tensor) -
     """Put k, v [tokens, kv_heads, d] at `slots` [tokens] int64 (page * page_size + offset) of one layer.
 
     cache [pages, layers, 2, kv_heads, page_size, d] is changed in place; k and v are converted to its dtype. Slots
-    must differ. They are not compared with the pool here: on CPU torch refuses one past its end, on CUDA none does.
+    must differ; at a slot of -1 (a row that pads a graph) nothing is written. They are not compared with the pool here:
+    on CPU torch refuses one past its end, on CUDA none does.
     """
     tokens = slots.shape[0]
-    if cache.ndim != 6 or not cache.is_contiguous():
-        raise ValueError("cache must be [pages, layers, 2, kv_heads, page_size, d], contiguous")
+    check_cache(cache, layer)
     if k.shape != (tokens, cache.shape[3], cache.shape[5]) or v.shape != k.shape:
         raise ValueError(f"k and v must be {(tokens, cache.shape[3], cache.shape[5])}, not {tuple(k.shape)}")
-    if not 0 <= layer < cache.shape[1]:
-        raise ValueError(f"layer {layer} of a cache of {cache.shape[1]}")
     if cache.is_cuda:
         page_write_triton(k, v, cache, layer, slots)
     else:
         page_write_torch(k, v, cache, layer, slots)
 
 
+def check_cache(cache: Tensor, layer: int) -> None:
+    """Raises ValueError where `cache` has not the layout of pages, or no such layer."""
+    if cache.ndim != 6 or not cache.is_contiguous():
+        raise ValueError("cache must be [pages, layers, 2, kv_heads, page_size, d], contiguous")
+    if not 0 <= layer < cache.shape[1]:
+        raise ValueError(f"layer {layer} of a cache of {cache.shape[1]}")
+
+
 def page_write_torch(k: Tensor, v: Tensor, cache: Tensor, layer: int, slots: Tensor) -> None:
     """The twin of `page_write_triton`."""
     page_size = cache.shape[4]
     if slots.shape[0] == 1:  # 14 us where the general way takes 72, between two reads of weights
-        page, offset = divmod(int(slots.item()), page_size)
+        slot = int(slots.item())
+        if slot < 0:
+            return
+        page, offset = divmod(slot, page_size)
         k_row, v_row = cache.select(0, page).select(0, layer).select(2, offset).unbind()  # [kv_heads, d]
         k_row.copy_(k.squeeze(0))
         v_row.copy_(v.squeeze(0))
         return
+    if bool((slots < 0).any()):
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
     where = (slots // page_size, slots % page_size)
     # [pages, page_size, 2, kv_heads, d] = [tokens, 2, kv_heads, d]
     cache.select(1, layer).permute(0, 3, 1, 2, 4).index_put_(where, torch.stack((k, v), 1).to(cache.dtype))
@@ -94,7 +106,7 @@ def _page_write(
     slot = tl.load(slots_ptr + token)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     i = tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < KV_HEADS) & (i < HEAD_DIM)
+    inside = (head < KV_HEADS) & (i < HEAD_DIM) & (slot >= 0)
     k = tl.load(k_ptr + token * k_token_stride + head * k_head_stride + i, mask=inside)
     v = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + i, mask=inside)
     page = cache_ptr + slot // PAGE_SIZE * page_stride + layer_offset

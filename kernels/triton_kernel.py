@@ -33,3 +33,12 @@ class TritonKernel:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def launch_options(overlap: bool) -> dict[str, object]:
+    """What makes a kernel with the constant OVERLAP start while the previous kernel of the stream still runs, or not.
+
+    Programmatic dependent launch, of GPUs from Hopper on. The kernel lets its own successor start at once, and must
+    call `gdc_wait` before it reads or writes what an earlier kernel may be writing or reading.
+    """
+    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}

@@ -8,9 +8,17 @@ import torch
 
 from kernels.attention_plan import AttentionPlan
 from kernels.decode_attention import decode_attention_torch, decode_attention_triton
+from kernels.embedding import embedding_torch, embedding_triton
 from kernels.page_copy import page_gather, page_gather_triton, page_scatter, page_scatter_triton
 from kernels.page_write import page_write_torch, page_write_triton
 from kernels.prefill_attention import prefill_attention_torch, prefill_attention_triton
+from kernels.qkv_to_pages import qkv_to_pages_torch, qkv_to_pages_triton
+from kernels.resident_rows import (
+    advance_rows_torch,
+    advance_rows_triton,
+    row_places_torch,
+    row_places_triton,
+)
 from kernels.rms_norm import rms_norm_torch, rms_norm_triton
 from kernels.rope import rope_tables, rope_torch, rope_triton
 from kernels.silu_mul import silu_mul_torch, silu_mul_triton
@@ -29,14 +37,14 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-def compare(twin, kernel, case: Case, plan: AttentionPlan, tolerance: float) -> None:
+def compare(twin, kernel, case: Case, plan: AttentionPlan, tolerance: float, **options) -> None:
     expected_lse, lse = torch.empty(case.q.shape[:2]), torch.full(case.q.shape[:2], torch.nan)
-    expected = twin(case.q, case.cache, 1, plan, expected_lse)
-    out = kernel(case.q, case.cache, 1, plan, lse)
+    expected = twin(case.q, case.cache, 1, plan, expected_lse, **options)
+    out = kernel(case.q, case.cache, 1, plan, lse, **options)
     assert out.dtype == case.q.dtype
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse, expected_lse, atol=tolerance, rtol=tolerance)
-    assert torch.equal(kernel(case.q, case.cache, 1, plan), out)
+    assert torch.equal(kernel(case.q, case.cache, 1, plan, **options), out)
 
 
 @SHAPES
@@ -60,6 +68,13 @@ def test_prefill_attention(shape, dtype, tolerance):
     contexts, queries = ([size, 70 + size, 2 * size + 1], [size, 70, 3]) if size == 16 else ([size + 1], [5])
     case = make_case(contexts, queries, dtype=dtype, **shape)
     compare(prefill_attention_torch, prefill_attention_triton, case, case.plan(), tolerance)
+
+
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 40, "soft_cap": 3.0}, {"soft_cap": 0.5}], ids=str)
+@DTYPES
+def test_prefill_attention_with_options(dtype, tolerance, options):
+    case = make_case([16, 230, 33], [16, 150, 3], heads=2, kv_heads=1, dtype=dtype)
+    compare(prefill_attention_torch, prefill_attention_triton, case, case.plan(), max(tolerance, 1e-5), **options)
 
 
 def test_prefill_attention_after_decodes():
@@ -100,10 +115,34 @@ def test_silu_mul(dtype, tolerance):
 def test_page_write(dtype, tolerance, d):
     fused = torch.randn(3, 12, d).to(dtype)
     cache, expected = (torch.zeros(4, 2, 2, 3, 16, d, dtype=dtype) for _ in range(2))
-    slots = torch.tensor([5, 63, 16])
+    slots = torch.tensor([5, -1, 16])
     page_write_triton(fused[:, 6:9], fused[:, 9:], cache, 1, slots)
     page_write_torch(fused[:, 6:9], fused[:, 9:], expected, 1, slots)
     assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (4, 1, 96), (14, 2, 64)])
+@DTYPES
+def test_qkv_to_pages(dtype, tolerance, heads, kv_heads, d, normed):
+    qkv = torch.randn(4, heads + 2 * kv_heads, d).to(dtype)
+    cos, sin = (table[[0, 3, 17, 200]] for table in rope_tables(10000.0 ** -(torch.arange(0, d, 2) / d), 256))
+    norms = [torch.randn(d).to(dtype) if normed else None for _ in range(2)]
+    cache, expected = (torch.full((4, 2, 2, kv_heads, 16, d), 7.0, dtype=dtype) for _ in range(2))
+    slots = torch.tensor([5, -1, 63, 16])
+    q = qkv_to_pages_triton(qkv, cos, sin, *norms, 1e-5, cache, 1, slots)
+    expected_q = qkv_to_pages_torch(qkv, cos, sin, *norms, 1e-5, expected, 1, slots)
+    torch.testing.assert_close(q, expected_q, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(cache, expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(cache[:, :, 1], expected[:, :, 1])  # V is copied
+    assert torch.equal(cache == 7.0, expected == 7.0)
+
+
+def test_embedding():
+    table, ids = torch.randn(11, 1100), torch.tensor([10, 0, 3, 3])
+    for dtype in (torch.float32, HALF):
+        assert torch.equal(embedding_triton(ids, table, dtype), embedding_torch(ids, table, dtype))
+    assert not embedding_triton(torch.tensor([11, -1]), table, HALF).any()
 
 
 def test_page_copy():
@@ -114,3 +153,16 @@ def test_page_copy():
     page_scatter_triton(scattered, pages, gathered)
     page_scatter(expected, pages, gathered)
     assert torch.equal(scattered, expected)
+
+
+def test_resident_rows():
+    table = torch.randint(0, 50, (5, 4), dtype=torch.int32)
+    lengths = torch.tensor([1, 64, 0, 33, 16], dtype=torch.int32)
+    for out, expected in zip(row_places_triton(lengths, table, 16), row_places_torch(lengths, table, 16), strict=True):
+        assert torch.equal(out, expected)
+    tokens, ids = torch.arange(5), torch.arange(10, 15)
+    expected_tokens, expected_lengths = tokens.clone(), lengths.clone()
+    advance_rows_triton(tokens, lengths, ids)
+    advance_rows_torch(expected_tokens, expected_lengths, ids)
+    assert torch.equal(tokens, expected_tokens)
+    assert torch.equal(lengths, expected_lengths)

@@ -22,15 +22,17 @@ class Case:
     contexts: list[int]
     queries: list[int]
 
-    def plan(self) -> AttentionPlan:
-        """Leading sequences of one query are decodes."""
-        chunked = [index for index, count in enumerate(self.queries) if count > 1]
+    def plan(self, decode_queries: int = 1, batch_invariant: bool = False) -> AttentionPlan:
+        """Leading sequences of `decode_queries` queries are decodes."""
+        chunked = [index for index, count in enumerate(self.queries) if count != decode_queries]
         return AttentionPlan(
             page_table=self.page_table,
             query_starts=torch.tensor([0, *self.queries]).cumsum(0).int(),
             context_lens=torch.tensor(self.contexts, dtype=torch.int32),
             num_decodes=chunked[0] if chunked else len(self.queries),
             page_size=self.cache.shape[4],
+            decode_queries=decode_queries,
+            batch_invariant=batch_invariant,
         )
 
     def alone(self, index: int) -> "Case":
@@ -44,17 +46,19 @@ class Case:
             [self.queries[index]],
         )
 
-    def expected(self, layer: int) -> tuple[Tensor, Tensor]:
+    def expected(self, layer: int, window: int = 0, soft_cap: float = 0.0) -> tuple[Tensor, Tensor]:
         """(out [tokens, heads, d], lse [tokens, heads]), float64."""
         outs, lses, start = [], [], 0
         for row, context, count in zip(self.page_table, self.contexts, self.queries, strict=True):
-            out, lse = self._one(self.q[start : start + count].double(), row, context, layer)
+            out, lse = self._one(self.q[start : start + count].double(), row, context, layer, window, soft_cap)
             outs.append(out)
             lses.append(lse)
             start += count
         return torch.cat(outs), torch.cat(lses)
 
-    def _one(self, q: Tensor, row: Tensor, context: int, layer: int) -> tuple[Tensor, Tensor]:
+    def _one(
+        self, q: Tensor, row: Tensor, context: int, layer: int, window: int, soft_cap: float
+    ) -> tuple[Tensor, Tensor]:
         page_size = self.cache.shape[4]
         position = torch.arange(context)
         pages = row[position // page_size].long()
@@ -62,8 +66,11 @@ class Case:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[2])
-        future = position > (context - len(q) + torch.arange(len(q)))[:, None]
-        scores = scores.masked_fill(future, -math.inf)
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        last = (context - len(q) + torch.arange(len(q)))[:, None]
+        hidden = (position > last) | (position <= last - (window or context))
+        scores = scores.masked_fill(hidden, -math.inf)
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1).T
 
 
@@ -92,3 +99,11 @@ def make_case(
         cache[own[position // page_size], :, :, :, position % page_size] = tokens.to(dtype)
     q = torch.randn(sum(queries), heads, head_dim, generator=generator) * scale
     return Case(q.to(dtype), cache, table, list(contexts), list(queries))
+
+
+def with_shared_prefix(case: Case, prefix: int) -> Case:
+    """The same sequences, but that all of them begin with the first one's `prefix` tokens, in the same pages."""
+    pages = prefix // case.cache.shape[4]
+    table = case.page_table.clone()
+    table[:, :pages] = table[0, :pages]
+    return Case(case.q, case.cache, table, case.contexts, case.queries)

@@ -84,6 +84,33 @@ def test_log_sum_exp(scale):
     torch.testing.assert_close(lse.double(), case.expected(2)[1], atol=1e-4, rtol=2e-6)
 
 
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 20, "soft_cap": 3.0}, {"soft_cap": 0.5}], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_windows_soft_caps_and_several_queries(queries, options):
+    case = make_case([3, 16, 17, 63, 100], [queries] * 5)
+    lse = torch.full(case.q.shape[:2], torch.nan)
+    out = decode_attention(case.q, case.cache, 2, case.plan(queries), lse, **options)
+    expected, expected_lse = case.expected(2, **options)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=3e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20, "soft_cap": 3.0}], ids=str)
+def test_decodes_of_several_queries_beside_chunks(options):
+    case = make_case([40, 17, 100, 70], [3, 3, 70, 1])
+    plan = case.plan(3)
+    assert plan.num_decodes == 2
+    out = paged_attention(case.q, case.cache, 2, plan, **options)
+    torch.testing.assert_close(out.double(), case.expected(2, **options)[0], atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("options", [{"window": -1}, {"soft_cap": -1.0}, {"soft_cap": float("nan")}], ids=str)
+def test_an_option_out_of_range_is_refused(options):
+    case = make_case([40, 20], [1, 1])
+    with pytest.raises(ValueError, match=next(iter(options))):
+        decode_attention(case.q, case.cache, 0, case.plan(), **options)
+
+
 def test_a_sequence_does_not_depend_on_its_neighbours():
     case = make_case([5, 200, 64, 33, 150, 70], [1, 1, 1, 1, 90, 70])
     together = torch.split(paged_attention(case.q, case.cache, 1, case.plan()), case.queries)

@@ -28,6 +28,13 @@ def test_what_it_knows():
     assert [pages.tolist() for pages in plan.pages()] == [[3, 1], [0], [2, 4]]
 
 
+def test_decodes_of_several_queries():
+    plan = AttentionPlan(**arguments(query_starts=ints(0, 3, 6, 11)), decode_queries=3)
+    assert (plan.decode_tokens, plan.num_tokens) == (6, 11)
+    with pytest.raises(ValueError, match="num_decodes"):
+        AttentionPlan(**arguments(query_starts=ints(0, 3, 4, 11)), decode_queries=3)
+
+
 def test_builds_once_for_each_key():
     plan, built = AttentionPlan(**arguments()), []
     for key in ("a", "b", "a"):

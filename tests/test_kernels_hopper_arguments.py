@@ -43,6 +43,31 @@ def test_a_schedule_names_the_wrong_argument():
         DecodeSchedule(lens.long(), 8, 2, 128)
     with pytest.raises(ValueError, match="heads 9"):
         DecodeSchedule(lens, 9, 2, 128)
+    with pytest.raises(ValueError, match="queries"):
+        DecodeSchedule(lens, 8, 1, 128, queries=9)
+    with pytest.raises(ValueError, match="queries"):
+        DecodeSchedule(lens, 8, 1, 128, queries=0)
+    with pytest.raises(ValueError, match="window"):
+        DecodeSchedule(lens, 8, 2, 128, window=-1)
+    with pytest.raises(ValueError, match="skip"):
+        DecodeSchedule(lens, 8, 2, 128, skip=lens.long())
+
+
+def test_a_schedule_is_for_its_number_of_queries():
+    case = make_case([3, 3], [50, 700], num_decodes=2, decode_queries=3, device="cpu")
+    lens, table = case.plan.context_lens, case.plan.page_table
+    check_decode(case.q, case.cache, 1, table, DecodeSchedule(lens, 8, 2, 128, queries=3), None)
+    with pytest.raises(ValueError, match="the schedule is for"):
+        check_decode(case.q, case.cache, 1, table, DecodeSchedule(lens, 8, 2, 128, queries=2), None)
+
+
+def test_queries_over_a_prefix_may_end_within_a_tile():
+    case = make_case([1, 1], [50, 700], num_decodes=2, device="cpu")
+    table = case.plan.page_table[:1].expand(2, -1)
+    schedule = DecodeSchedule(case.plan.context_lens, 8, 2, 128, queries=2, causal=False)
+    check_decode(case.q, case.cache, 1, table, schedule, None)
+    with pytest.raises(ValueError, match="the schedule is for"):
+        check_decode(case.q.repeat(3, 1, 1), case.cache, 1, table, schedule, None)
 
 
 def test_more_work_than_the_kernels_can_count():
@@ -59,8 +84,8 @@ def test_prefill_names_the_wrong_argument():
         check_prefill(case.q, case.cache, 1, case.plan, torch.zeros(8, 4))
     with pytest.raises(ValueError, match="layer"):
         check_prefill(case.q, case.cache, 2, case.plan, None)
-    wide = make_case([3], [50], d=96, device="cpu")
-    with pytest.raises(ValueError, match="head_dim 96"):
+    wide = make_case([3], [50], d=80, device="cpu")
+    with pytest.raises(ValueError, match="head_dim 80"):
         check_prefill(wide.q, wide.cache, 1, wide.plan, None)
 
 

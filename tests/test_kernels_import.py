@@ -32,9 +32,11 @@ assert not {{"torch", "triton"}} & set(sys.modules)
 sys.modules["triton"] = None  # importing it fails, as where there is no build of it
 import torch
 from kernels.attention import AttentionPlan, paged_attention
+from kernels.embedding import embedding
 from kernels.linear import linear, prepare_weight
 from kernels.page_copy import page_gather
 from kernels.page_write import page_write
+from kernels.qkv_to_pages import qkv_to_pages
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_tables
 from kernels.silu_mul import silu_mul
@@ -43,6 +45,8 @@ x = linear(silu_mul(rms_norm(torch.ones(2, 16), torch.ones(16), 1e-5)), prepare_
 cos, sin = rope_tables(torch.ones(4), 2)
 q, k = rope(x, x, cos, sin)
 page_write(k, k, cache, 0, torch.tensor([16, 17]))
+q = qkv_to_pages(x.expand(2, 3, 8), cos, sin, None, None, 1e-5, cache, 0, torch.tensor([16, 17]))
+assert embedding(torch.tensor([1]), torch.ones(2, 4), torch.float32).all()
 plan = AttentionPlan(*(torch.tensor(v, dtype=torch.int32) for v in ([[1]], [0, 2], [2])), 0, 16)
 assert paged_attention(q, cache, 0, plan).isfinite().all()
 assert page_gather(cache, torch.tensor([1])).any()

@@ -36,6 +36,10 @@ def test_wrong_arguments_are_named():
     cache, pages = pool(), torch.tensor([1, 2])
     with pytest.raises(IndexError):
         page_gather(cache, torch.tensor([6]))
+    with pytest.raises(ValueError, match="pages"):
+        page_gather(cache, pages.int())
+    with pytest.raises(ValueError, match="pages"):
+        page_scatter(cache, pages[:, None], torch.zeros(2, cache[0].numel()))
     with pytest.raises(ValueError, match="cache"):
         page_gather(cache.transpose(1, 2), pages)
     with pytest.raises(ValueError, match="data"):

@@ -20,6 +20,13 @@ def test_decodes_and_chunks_of_one_step(d, page_size):
     assert_close(case, paged_attention(case.q, case.cache, case.layer, case.plan), None)
 
 
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_several_queries_a_decode_window_and_soft_cap(d):
+    case = make_case([4, 4, 300, 64], [50, 700, 300, 200], num_decodes=2, decode_queries=4, d=d)
+    options = {"window": 70, "soft_cap": 20.0}
+    assert_close(case, paged_attention(case.q, case.cache, case.layer, case.plan, **options), None, **options)
+
+
 def test_float32_takes_the_plain_kernels():
     case = mixed(dtype=torch.float32)
     assert not has_hopper_decode(case.q, case.cache)
@@ -32,7 +39,7 @@ def test_hopper_takes_what_it_has_kernels_for(monkeypatch):
     assert has_hopper_decode(case.q, case.cache)
     assert has_hopper_prefill(case.q, case.cache)
 
-    def fail(*args):
+    def fail(*args, **options):
         raise AssertionError("the plain kernel was launched")
 
     monkeypatch.setattr(decode_attention, "decode_attention_triton", fail)
