@@ -1,6 +1,9 @@
 """The states of a page, and the moves between them."""
 
 from enum import IntEnum
+from typing import NewType
+
+PageId = NewType("PageId", int)
 
 
 class PageState(IntEnum):  # an int, so that looking up its moves costs no call of Enum's own hash

@@ -1,14 +1,15 @@
 """Who has which page: bookkeeping only, O(1) for each page, no data, no threads."""
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import NewType, Protocol
+from typing import Protocol
 
+from kvstore.eviction import EvictionPolicy, LeastRecentlyUsed
 from kvstore.keys import PageKey
-from kvstore.page_state import MOVES, IllegalMove, PageState
+from kvstore.page_state import MOVES, IllegalMove, PageId, PageState
 from protos import errors
 
-PageId = NewType("PageId", int)
+__all__ = ["Credit", "Generations", "OutOfPages", "PageId", "PagePool"]
 
 FREE, RESERVED, FILLING, SEALED, EVICTING = PageState  # plain names: an Enum's attribute costs a look-up each time
 
@@ -50,7 +51,7 @@ class PagePool:
 
     A page is free only when it has neither readers nor writers; they are counted apart. Each return to FREE
     raises the page's generation before the page can be handed out again. A sealed page with a key that nobody
-    reads stays in the index until its room is wanted, least recently released first.
+    reads stays in the index until its room is wanted; `policy` chooses which goes first.
 
     `on_evict` is told every key that leaves the index. A call that does not fit a page's state raises
     `IllegalMove`.
@@ -61,6 +62,7 @@ class PagePool:
         num_pages: int,
         generations: Generations | None = None,
         on_evict: Callable[[PageKey], None] | None = None,
+        policy: EvictionPolicy | None = None,
     ) -> None:
         self._generations: Generations = [0] * num_pages if generations is None else generations
         if len(self._generations) != num_pages:
@@ -72,8 +74,7 @@ class PagePool:
         self._keys: list[PageKey | None] = [None] * num_pages  # the key under which a page is indexed
         self._index: dict[PageKey, PageId] = {}
         self._free = deque(PageId(page) for page in range(num_pages))
-        # Sealed, indexed and unread, oldest first. A plain dict would find its first entry in O(deleted).
-        self._evictable: OrderedDict[PageId, None] = OrderedDict()
+        self._evictable = LeastRecentlyUsed() if policy is None else policy  # sealed, indexed and unread
         self._promised = 0
 
     # What there is.
@@ -189,8 +190,8 @@ class PagePool:
 
     def clear_cache(self) -> None:
         """Forget every key. Pages in use stay with their readers and become free after them."""
-        for page in list(self._evictable):
-            self._evict(page)
+        while self._evictable:
+            self._drop(self._evictable.evict())
         for page in list(self._index.values()):
             self._forget(page)
 
@@ -208,7 +209,7 @@ class PagePool:
 
     def _take(self) -> PageId:
         if not self._free:
-            self._evict(next(iter(self._evictable)))
+            self._drop(self._evictable.evict())
         self._promised -= 1
         page = self._free.popleft()
         self._move(page, RESERVED)
@@ -221,18 +222,19 @@ class PagePool:
     def _add_readers(self, pages: Sequence[PageId]) -> None:
         for page in pages:
             if not self._readers[page]:
-                del self._evictable[page]
+                self._evictable.take(page)
             self._readers[page] += 1
 
     def _unread(self, page: PageId) -> None:
-        if self._keys[page] is None:
+        key = self._keys[page]
+        if key is None:
             self._move(page, EVICTING)
             self._to_free(page)
         else:
-            self._evictable[page] = None
+            self._evictable.add(page, key)
 
-    def _evict(self, page: PageId) -> None:
-        del self._evictable[page]
+    def _drop(self, page: PageId) -> None:
+        """SEALED -> EVICTING -> FREE, of a page that the policy has given up."""
         self._move(page, EVICTING)
         try:
             self._forget(page)

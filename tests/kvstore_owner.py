@@ -10,6 +10,9 @@ import threading
 import time
 from dataclasses import asdict
 
+import numpy as np
+
+from kvstore.device_segment import DeviceSegment
 from kvstore.page_format import PageFormat
 from kvstore.pool import PageId, PagePool
 from kvstore.segment import Segment
@@ -24,12 +27,13 @@ INCARNATION = 0x1234_5678_9ABC_DEF0
 class Owner:
     """The handle that tests hold. Leaving the `with` block ends the process."""
 
-    def __init__(self, page_format: PageFormat = SMALL, num_pages: int = 8) -> None:
+    def __init__(self, page_format: PageFormat = SMALL, num_pages: int = 8, device: int | None = None) -> None:
+        """On a GPU where `device` is one."""
         self.format = page_format
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        started = self.ask(format=asdict(page_format), num_pages=num_pages)
+        started = self.ask(format=asdict(page_format), num_pages=num_pages, device=device)
         self.endpoints: dict[str, str] = started["endpoints"]
 
     def ask(self, **order):
@@ -43,8 +47,16 @@ class Owner:
         """Sealed pages whose bytes all have these values, as (page, generation)."""
         return [(page, generation) for page, generation in self.ask(call="fill", values=values)]
 
+    def fill_random(self, *seeds: int) -> list[tuple[int, int]]:
+        """As `fill`, but with `random_page` of these seeds."""
+        return [(page, generation) for page, generation in self.ask(call="fill_random", seeds=seeds)]
+
     def free(self, page: int) -> None:
         self.ask(call="free", page=page)
+
+    def close_segment(self) -> None:
+        """The process goes on without its pages."""
+        self.ask(call="close_segment")
 
     def rewrite(self, page: int, value: int) -> None:
         """Free the page, take it again, and write it."""
@@ -82,13 +94,22 @@ class Owner:
             self.process.kill()
 
 
+def random_page(seed: int, page_format: PageFormat) -> np.ndarray:
+    """uint8 [page_bytes]"""
+    return np.random.default_rng(seed).integers(0, 256, page_format.page_bytes, np.uint8)
+
+
 class _Worker:
     """What runs in the process."""
 
-    def __init__(self, page_format: PageFormat, num_pages: int) -> None:
-        self._segment = Segment.create(page_format, num_pages, INCARNATION)
+    def __init__(self, page_format: PageFormat, num_pages: int, device: int | None) -> None:
+        self._segment: Segment | DeviceSegment
+        if device is None:
+            self._segment = Segment.create(page_format, num_pages, INCARNATION)
+        else:
+            self._segment = DeviceSegment.create(page_format, num_pages, INCARNATION, device)
         self._pool = PagePool(num_pages, self._segment.generations)
-        self._servers = registry.serve(["shm", "tcp"], self._segment, "127.0.0.1")
+        self._servers = registry.serve(["cuda_ipc", "shm", "tcp"], self._segment, "127.0.0.1")
         self.endpoints = {server.endpoint.transport: server.endpoint.address for server in self._servers}
         self._background: threading.Thread | None = None
 
@@ -99,8 +120,14 @@ class _Worker:
     def fill(self, values: list[int]) -> list[tuple[int, int]]:
         return [self._write(self._pool.promise(1).take(), value) for value in values]
 
+    def fill_random(self, seeds: list[int]) -> list[tuple[int, int]]:
+        return [self._write(self._pool.promise(1).take(), random_page(seed, self._segment.format)) for seed in seeds]
+
     def free(self, page: int) -> None:
         self._pool.release([PageId(page)])
+
+    def close_segment(self) -> None:
+        self._segment.close()
 
     def reset(self) -> None:
         for page in range(self._pool.total_pages):
@@ -130,16 +157,27 @@ class _Worker:
         self._background.start()
         return refs
 
-    def _write(self, page: PageId, value: int) -> tuple[int, int]:
+    def _write(self, page: PageId, value: int | np.ndarray) -> tuple[int, int]:
         self._pool.begin_fill(page)
-        self._segment.pages[page] = value
+        if isinstance(self._segment, DeviceSegment):
+            self._write_on_gpu(self._segment, page, value)
+        else:
+            self._segment.pages[page] = value
         self._pool.seal(page, None)
         return page, self._pool.generation(page)
+
+    @staticmethod
+    def _write_on_gpu(segment: DeviceSegment, page: PageId, value: int | np.ndarray) -> None:
+        import torch
+
+        pages = torch.as_tensor(segment.pages, device=f"cuda:{segment.device}")  # [num_pages, page_bytes]
+        pages[page] = torch.as_tensor(value, dtype=torch.uint8)
+        torch.cuda.synchronize(segment.device)  # a page is sealed only when its bytes are there
 
 
 def main() -> None:
     first = json.loads(sys.stdin.readline())
-    worker = _Worker(PageFormat(**first["format"]), first["num_pages"])
+    worker = _Worker(PageFormat(**first["format"]), first["num_pages"], first["device"])
     print(json.dumps({"endpoints": worker.endpoints}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from kvstore.segment import Segment
-from kvstore.transports import tcp
+from kvstore.transports import tcp, tcp_server, tcp_wire
 from kvstore.transports.tcp import TcpReader, TcpServer
 from kvstore_owner import INCARNATION, SMALL, Owner
 from protos import errors
@@ -74,7 +74,7 @@ def works(reader: TcpReader, local: Segment) -> bool:
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         bytes(4096),
         os.urandom(100_000),
-        struct.pack("<4sIQ", b"dpt1", tcp.MAX_PAGES + 1, INCARNATION),
+        struct.pack("<4sIQ", b"dpt1", tcp_wire.MAX_PAGES + 1, INCARNATION),
         struct.pack("<4sIQ", b"dpt1", 2**32 - 1, INCARNATION) + bytes(65536),
     ],
     ids=["http", "zeros", "noise", "too many", "far too many"],
@@ -94,7 +94,7 @@ def test_a_request_cut_short_harms_nobody(server, reader, local):
 
 
 def test_one_who_says_nothing_or_never_ends_is_not_waited_for(segment, local, monkeypatch):
-    monkeypatch.setattr(tcp, "_REQUEST_S", 0.1)
+    monkeypatch.setattr(tcp_server, "_REQUEST_S", 0.1)
     server = TcpServer(segment, "127.0.0.1")
     with stranger(server) as silent, stranger(server) as slow:
         slow.sendall(b"dpt1")
@@ -104,7 +104,7 @@ def test_one_who_says_nothing_or_never_ends_is_not_waited_for(segment, local, mo
 
 
 def test_one_who_takes_nothing_is_not_waited_for(segment, local, monkeypatch):
-    monkeypatch.setattr(tcp, "_STALL_S", 0.2)
+    monkeypatch.setattr(tcp_server, "_STALL_S", 0.2)
     server = TcpServer(segment, "127.0.0.1")
     with stranger(server) as greedy:
         request = struct.pack("<4sIQ", b"dpt1", 4096, INCARNATION) + bytes(16 * 4096)
@@ -118,7 +118,7 @@ def test_one_who_takes_nothing_is_not_waited_for(segment, local, monkeypatch):
 
 
 def test_a_reader_may_be_quiet_for_longer_than_a_request_may_take(segment, local, monkeypatch):
-    monkeypatch.setattr(tcp, "_REQUEST_S", 0.1)
+    monkeypatch.setattr(tcp_server, "_REQUEST_S", 0.1)
     server = TcpServer(segment, "127.0.0.1")
     reader = TcpReader(server.endpoint.address, INCARNATION, local)
     time.sleep(0.3)
@@ -128,7 +128,7 @@ def test_a_reader_may_be_quiet_for_longer_than_a_request_may_take(segment, local
 
 
 def test_connections_are_bounded(segment, local, monkeypatch):
-    monkeypatch.setattr(tcp, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(tcp_server, "MAX_CONNECTIONS", 1)
     server = TcpServer(segment, "127.0.0.1")
     reader = TcpReader(server.endpoint.address, INCARNATION, local)
     with stranger(server) as one_too_many:
@@ -139,10 +139,58 @@ def test_connections_are_bounded(segment, local, monkeypatch):
 
 
 def test_a_pull_of_more_pages_than_a_request_holds(server, reader, local, segment, monkeypatch):
-    monkeypatch.setattr(tcp, "MAX_PAGES", 3)
+    monkeypatch.setattr(tcp_wire, "MAX_PAGES", 3)
     segment.pages[:] = [[value] * SMALL.page_bytes for value in range(8)]
     assert reader.pull([(page, 0) for page in range(8)], list(range(7, -1, -1)), PATIENCE_S) == 8 * SMALL.page_bytes
     assert local.pages[:, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.fixture
+def four_streams(monkeypatch) -> None:
+    monkeypatch.setattr(tcp, "_STREAM_BYTES", 1)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_streams_share_the_pages_of_a_pull(server, reader, local, segment, four_streams, count):
+    segment.pages[:] = [[value] * SMALL.page_bytes for value in range(1, 9)]
+    local.pages[:] = 0
+    reader.pull([(page, 0) for page in range(count)], list(range(7, 7 - count, -1)), PATIENCE_S)
+    assert local.pages[:, 0].tolist() == [0] * (8 - count) + list(range(count, 0, -1))
+    assert len(reader._streams) == min(count, tcp.STREAMS)
+
+
+@pytest.mark.parametrize("freed", [0, 3, 7])
+def test_a_stale_page_in_one_stream_leaves_all_streams_usable(reader, local, segment, four_streams, freed):
+    refs = [(page, 0) for page in range(8)]
+    segment.generations[freed] += 1
+    with pytest.raises(errors.StalePage):
+        reader.pull(refs, list(range(8)), PATIENCE_S)
+    segment.generations[freed] -= 1
+    local.pages[:] = 0
+    reader.pull(refs, list(range(8)), PATIENCE_S)
+    assert (local.pages == 7).all()
+
+
+def test_when_one_stream_breaks_the_others_are_not_waited_for(server, reader, local, four_streams, monkeypatch):
+    """And nobody writes into the local pages any more when the pull has raised."""
+    go_on = threading.Event()
+
+    def send_pages(self, connection, window, pages, wanted) -> None:
+        if 0 in pages:
+            raise ConnectionResetError("cut")
+        go_on.wait(PATIENCE_S)
+        wire_send_pages(self, connection, window, pages, wanted)
+
+    wire_send_pages = TcpServer._send_pages
+    monkeypatch.setattr(TcpServer, "_send_pages", send_pages)
+    local.pages[:] = 0
+    started = time.monotonic()
+    with pytest.raises(errors.WorkerLost):
+        reader.pull([(page, 0) for page in range(8)], list(range(8)), PATIENCE_S)
+    assert time.monotonic() - started < PATIENCE_S / 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tcp-pull")]
+    go_on.set()
+    assert not local.pages.any()
 
 
 def test_a_page_freed_before_it_was_asked_for_is_not_sent(server, reader, local, segment):
@@ -150,7 +198,7 @@ def test_a_page_freed_before_it_was_asked_for_is_not_sent(server, reader, local,
     local.pages[:] = 0
     with pytest.raises(errors.StalePage, match="before it was asked for"):
         reader.pull([(2, 0), (3, 0)], [0, 1], PATIENCE_S)
-    assert not local.pages.any()
+    assert not local.pages[1].any()
 
 
 def test_several_readers_at_once(server, segment):

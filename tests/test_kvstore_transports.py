@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvstore.segment import Segment
-from kvstore.transports import base, registry, shm, tcp
+from kvstore.transports import base, registry, shm, tcp_wire
 from kvstore.transports.base import PageReader
 from kvstore_owner import INCARNATION, LARGE, SMALL, Owner
 from protos import errors
@@ -87,11 +87,11 @@ def in_the_middle_of_a_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[], N
 
     def copy_page(self: shm.ShmReader, page: int, into: int) -> None:
         half = self._segment.format.page_bytes // 2
-        self._segment.pages[into, :half] = self._owner.pages[page, :half]
+        self._local.pages[into, :half] = self._owner.pages[page, :half]
         next(acts, lambda: None)()
-        self._segment.pages[into, half:] = self._owner.pages[page, half:]
+        self._local.pages[into, half:] = self._owner.pages[page, half:]
 
-    receive = tcp._receive
+    receive = tcp_wire.receive
 
     def receive_in_two_parts(connection: object, into: memoryview, deadline: float) -> None:
         if len(into) == LARGE.page_bytes:
@@ -101,7 +101,7 @@ def in_the_middle_of_a_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[], N
         receive(connection, into, deadline)
 
     monkeypatch.setattr(shm.ShmReader, "_copy_page", copy_page)
-    monkeypatch.setattr(tcp, "_receive", receive_in_two_parts)
+    monkeypatch.setattr(tcp_wire, "receive", receive_in_two_parts)
 
 
 def test_pages_arrive_where_they_should(owner, local, connect, transport):

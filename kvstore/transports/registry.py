@@ -1,34 +1,51 @@
 """Which transports there are, and the choice between two workers."""
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvstore.page_format import PageFormat
-from kvstore.segment import Segment
-from kvstore.transports import shm, tcp
+from kvstore.segment_base import SegmentBase
+from kvstore.transports import cuda_ipc, shm, tcp
 from kvstore.transports.base import STAGE, PageReader, PageServer
 from protos import errors
 from protos.v1 import worker_pb2
 
-_SERVERS: dict[str, Callable[[Segment, str], PageServer]] = {
-    shm.NAME: shm.ShmServer,
-    tcp.NAME: tcp.TcpServer,
-}
-# Address, incarnation, local segment.
-_READERS: dict[str, Callable[[str, int, Segment], PageReader]] = {
-    shm.NAME: shm.ShmReader,
-    tcp.NAME: tcp.TcpReader,
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Transport:
+    unavailable: Callable[[SegmentBase], str]
+    serve: Callable[[SegmentBase, str], PageServer]  # segment, host
+    connect: Callable[[str, int, SegmentBase], PageReader]  # address, incarnation, local segment
+
+
+_TRANSPORTS = {
+    cuda_ipc.NAME: _Transport(cuda_ipc.unavailable, cuda_ipc.CudaIpcServer, cuda_ipc.CudaIpcReader),
+    shm.NAME: _Transport(shm.unavailable, shm.ShmServer, shm.ShmReader),
+    tcp.NAME: _Transport(tcp.unavailable, tcp.TcpServer, tcp.TcpReader),
 }
 
 
-def serve(names: Sequence[str], segment: Segment, host: str) -> list[PageServer]:
-    """Offer `segment` by these transports, best first. Raises `FixTheSetup` for an unknown name or an unusable host."""
+def serve(names: Sequence[str], segment: SegmentBase, host: str) -> list[PageServer]:
+    """Offer `segment` by those of these transports that are available to it, best first.
+
+    Raises `FixTheSetup` for an unknown name or an unusable host, and, with each one's reason, where none is available.
+    """
+    if unknown := [name for name in names if name not in _TRANSPORTS]:
+        raise errors.FixTheSetup(
+            f"no transport is called {unknown[0]!r}: there are {', '.join(_TRANSPORTS)}", stage="start"
+        )
+    reasons = {name: _TRANSPORTS[name].unavailable(segment) for name in names}
+    if names and all(reasons.values()):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise errors.FixTheSetup(f"this worker's pages can be reached by no transport: {listed}", stage="start")
     servers: list[PageServer] = []
     try:
         for name in names:
-            if name not in _SERVERS:
-                known = ", ".join(_SERVERS)
-                raise errors.FixTheSetup(f"no transport is called {name!r}: there are {known}", stage="start")
-            servers.append(_SERVERS[name](segment, host))
+            if not reasons[name]:
+                servers.append(_TRANSPORTS[name].serve(segment, host))
     except errors.FixTheSetup:
         for server in servers:
             server.close()
@@ -36,7 +53,7 @@ def serve(names: Sequence[str], segment: Segment, host: str) -> list[PageServer]
     return servers
 
 
-def connect(source: worker_pb2.PageSource, segment: Segment, allowed: Sequence[str]) -> PageReader:
+def connect(source: worker_pb2.PageSource, segment: SegmentBase, allowed: Sequence[str]) -> PageReader:
     """A reader of `source` into `segment`, by the first of its endpoints that works from here.
 
     Raises `FormatMismatch` with the difference, and `WorkerLost` with the reason of each endpoint.
@@ -47,13 +64,24 @@ def connect(source: worker_pb2.PageSource, segment: Segment, allowed: Sequence[s
     reasons: list[str] = []
     for endpoint in source.endpoints:
         name = endpoint.transport
-        if name not in allowed or name not in _READERS:
-            reasons.append(f"{name}: not allowed here" if name in _READERS else f"{name}: not known here")
+        if reason := _unusable(name, segment, allowed):
+            reasons.append(f"{name}: {reason}")
             continue
         try:
-            return _READERS[name](endpoint.address, source.incarnation, segment)
+            reader = _TRANSPORTS[name].connect(endpoint.address, source.incarnation, segment)
         except errors.WorkerLost as error:
             reasons.append(f"{name}: {error.message}")
+            continue
+        reader.passed_over = "; ".join(reasons)
+        if reasons:
+            log.warning("pages of %s come by %s, because of %s", source.worker_id, name, reader.passed_over)
+        return reader
     raise errors.WorkerLost(
         f"{source.worker_id} cannot be reached: {'; '.join(reasons) or 'it offers no transport'}", stage=STAGE
     )
+
+
+def _unusable(name: str, segment: SegmentBase, allowed: Sequence[str]) -> str:
+    if name not in _TRANSPORTS:
+        return "not known here"
+    return "not allowed here" if name not in allowed else _TRANSPORTS[name].unavailable(segment)

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Sequence
 
+from kvstore.cuda import Event
 from kvstore.pool import PageId
 from kvstore.segment import Segment
+from kvstore.segment_base import SegmentBase
 from kvstore.transports.base import STAGE, PageReader, PageRef, PageServer
 from protos import errors
 from protos.v1 import worker_pb2
@@ -12,10 +14,15 @@ from protos.v1 import worker_pb2
 NAME = "shm"
 
 
+def unavailable(segment: SegmentBase) -> str:
+    """Why pages of this worker cannot move so; empty where they can."""
+    return "" if isinstance(segment, Segment) else "this worker's pages are on a GPU"
+
+
 class ShmServer(PageServer):
     """Nothing runs: a segment's address is all that a reader needs."""
 
-    def __init__(self, segment: Segment, host: str) -> None:
+    def __init__(self, segment: SegmentBase, host: str) -> None:
         self.endpoint = worker_pb2.Endpoint(transport=NAME, address=segment.address)
 
     def close(self) -> None:
@@ -30,11 +37,18 @@ class ShmReader(PageReader):
 
     name = NAME
 
-    def __init__(self, address: str, incarnation: int, segment: Segment) -> None:
+    def __init__(self, address: str, incarnation: int, segment: SegmentBase) -> None:
         super().__init__(segment)
+        assert isinstance(segment, Segment)  # by `unavailable`
+        self._local = segment
         self._owner = Segment.open(address, incarnation, segment.format)
 
-    def _copy(self, refs: Sequence[PageRef], into: Sequence[PageId], timeout_s: float) -> list[int]:
+    def owner_gone(self) -> bool:
+        return not self._owner.owner_alive()
+
+    def _copy(
+        self, refs: Sequence[PageRef], into: Sequence[PageId], timeout_s: float, after: Event | None
+    ) -> list[int]:
         deadline = time.monotonic() + timeout_s
         self._check_owner()
         for (page, _), local in zip(refs, into, strict=True):
@@ -48,11 +62,11 @@ class ShmReader(PageReader):
         return found
 
     def _copy_page(self, page: int, local: PageId) -> None:
-        self._segment.pages[local] = self._owner.pages[page]
+        self._local.pages[local] = self._owner.pages[page]
 
     def _check_owner(self) -> None:
         # A dead owner's pages could still be read, but this mapping would keep its memory from being given back.
-        if not self._owner.owner_alive():
+        if self.owner_gone():
             raise errors.WorkerLost(f"the owner of {self._owner.address} is gone", stage=STAGE)
 
     def close(self) -> None:
