@@ -5,16 +5,20 @@ import logging
 import os
 import sys
 from abc import ABC, abstractmethod
-from typing import Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
 from cluster.config import ClusterConfig
 from engine import hub
-from engine.config import WorkerConfig
+from engine.config import EngineConfig, WorkerConfig
 from protos import errors
 from router.config import RouterConfig
 from rpc import status
+
+if TYPE_CHECKING:
+    from worker.host import WorkerHost
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,10 @@ class _Service(Protocol):
     async def stop(self) -> None: ...
 
 
-class _Drains(_Service, Protocol):
+class _Worker(_Service, Protocol):
+    @property
+    def device(self) -> str: ...
+
     async def drain(self, timeout_s: float) -> None: ...
 
 
@@ -61,12 +68,16 @@ class ServiceActor(ABC):
     async def start(self) -> Reply:
         """Find the model on this node, load it and serve; the service's address."""
         try:
-            model = await asyncio.to_thread(hub.resolve, self._config.model, self._report)
+            model = await asyncio.to_thread(hub.resolve, self._config.model, self._report, self._config.engine.load)
             self._report("loading the model")
             self._service = await self._serve(model)
         except Exception as error:
             return "", describe_error(error)
         return self._service.address, b""
+
+    async def device(self) -> str:
+        """What the started service computes on."""
+        return ""
 
     async def closed(self) -> None:
         """Returns when the service has been stopped; fails when the process dies."""
@@ -83,7 +94,7 @@ class ServiceActor(ABC):
 
 
 class WorkerActor(ServiceActor):
-    """A worker of either pool. What serves is imported here, so that a decode node never loads prefill's code."""
+    """A worker of any pool."""
 
     async def _serve(self, model: hub.ResolvedModel) -> _Service:
         config = WorkerConfig(
@@ -93,19 +104,22 @@ class WorkerActor(ServiceActor):
             cluster=self._config.name,
             host=node_host(self._config),
             port=self._port,
-            engine=self._config.engine.to_engine(),
+            engine=self._engine(),
             transports=self._config.transports,
             tenant_secret=self._config.tenant_secret,
         )
-        if self._pool == "prefill":
-            from prefill_worker.service import PrefillWorker
-
-            self._worker: _Drains = await PrefillWorker.start(config)
-        else:
-            from decode_worker.service import DecodeWorker
-
-            self._worker = await DecodeWorker.start(config)
+        self._worker: _Worker = await _worker_class(self._pool).start(config, self._report)
         return self._worker
+
+    def _engine(self) -> EngineConfig:
+        """The settings, with this worker's part of the GPU that Ray has given it."""
+        engine = self._config.engine.to_engine()
+        context: Any = ray.get_runtime_context()
+        share: float = context.get_assigned_resources().get("GPU", 1.0)
+        return replace(engine, gpu_memory=engine.gpu_memory * share)
+
+    async def device(self) -> str:
+        return self._worker.device
 
     async def drain(self, timeout_s: float) -> Reply:
         """Take nothing new and finish what runs."""
@@ -135,6 +149,21 @@ class RouterActor(ServiceActor):
                 **self._config.router.model_dump(),
             )
         )
+
+
+def _worker_class(pool: str) -> "type[WorkerHost]":
+    """What serves is imported here, so that a decode node never loads prefill's code."""
+    if pool == "prefill":
+        from prefill_worker.service import PrefillWorker
+
+        return PrefillWorker
+    if pool == "decode":
+        from decode_worker.service import DecodeWorker
+
+        return DecodeWorker
+    from colocated_worker.service import ColocatedWorker
+
+    return ColocatedWorker
 
 
 def configure_logging() -> None:

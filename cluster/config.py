@@ -9,13 +9,16 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, WorkerConfig
 from protos import errors
 from router.config import RouterConfig
 
 DEFAULT_NAME = "diptych"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_WORKERS = 1024  # of one pool
+# The pools of each mode, with the number of workers that each has where none is given.
+MODES = {"split": {"prefill": 1, "decode": 1}, "colocated": {"colocated": 1}}
+POOLS = tuple(pool for sizes in MODES.values() for pool in sizes)
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -29,11 +32,14 @@ class EngineSettings(_Settings):
     """`engine.config.EngineConfig` with its bounds checked."""
 
     page_size: int = Field(default=EngineConfig.page_size, ge=1, le=4096)
-    num_pages: int = Field(default=EngineConfig.num_pages, ge=1)
+    num_pages: int = Field(default=EngineConfig.num_pages, ge=0)
+    gpu_memory: float = Field(default=EngineConfig.gpu_memory, gt=0, le=1)
     token_budget: int = Field(default=EngineConfig.token_budget, ge=1)
     max_sequences: int = Field(default=EngineConfig.max_sequences, ge=1)
     max_waiting: int = Field(default=EngineConfig.max_waiting, ge=1)
+    device: str = Field(default=EngineConfig.device, pattern="^(auto|cpu|cuda)$")
     dtype: str = Field(default=EngineConfig.dtype, pattern="^(auto|float32|bfloat16|float16)$")
+    load: str = Field(default=EngineConfig.load, pattern="^(auto|random)$")
     threads: int = Field(default=EngineConfig.threads, ge=1)
 
     def to_engine(self) -> EngineConfig:
@@ -54,8 +60,11 @@ class ClusterConfig(_Settings):
 
     name: str = Field(default=DEFAULT_NAME, pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
     model: str = Field(default=DEFAULT_MODEL, min_length=1)
+    mode: str = Field(default="split", pattern=f"^({'|'.join(MODES)})$")
+    # Workers of each pool. The pools of another mode have none where no number is given.
     prefill: int = Field(default=1, ge=0, le=MAX_WORKERS)
     decode: int = Field(default=1, ge=0, le=MAX_WORKERS)
+    colocated: int = Field(default=0, ge=0, le=MAX_WORKERS)
     redis: str | None = Field(default=None, repr=False)  # its password must not reach a log
     ray_address: str | None = None
     # Where router and controller listen. None: loopback in a local cluster, the node's own address on a Ray cluster.
@@ -64,10 +73,16 @@ class ClusterConfig(_Settings):
     operator_port: int = Field(default=50052, ge=0, le=65535)  # the controller's; 0: any free port
     engine: EngineSettings = EngineSettings()
     router: RouterSettings = RouterSettings()
-    transports: tuple[str, ...] = Field(default=("shm", "tcp"), min_length=1)
+    gpu_share: float | None = Field(default=None, gt=0, le=1)  # of a GPU, for each worker. None: see cluster.gpu_share
+    transports: tuple[str, ...] = Field(default=WorkerConfig.transports, min_length=1)
     tenant_secret: str = Field(default="", repr=False)
     start_timeout_s: float = Field(default=600.0, gt=0)  # for one worker to load its model, once it has a place
     drain_timeout_s: float = Field(default=900.0, gt=0)  # for a leaving worker to finish what it has
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pools_of_mode(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(POOLS, 0) | MODES.get(str(settings.get("mode", "split")), {}) | settings
 
     @field_validator("redis")
     @classmethod

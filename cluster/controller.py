@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
-from cluster.config import MAX_WORKERS, ClusterConfig, redact
+from cluster.config import MAX_WORKERS, MODES, POOLS, ClusterConfig, redact
 from cluster.launcher import Launcher
 from cluster.member import Member
 from cluster.reconcile import Drain, Failures, Phase, Policy, Pool, Start, Stop, reconcile, settle
@@ -15,7 +15,6 @@ from protos.v1 import operator_pb2
 
 log = logging.getLogger(__name__)
 
-SCALABLE = ("prefill", "decode")
 ROUTER = "router"
 _TICK_S = 0.5  # between two looks when nothing happens
 _END_S = 20.0  # more than one member takes to stop
@@ -31,7 +30,8 @@ class Controller:
         self._launcher = launcher
         self._ping = ping
         self._policy = policy
-        self._desired = {"prefill": config.prefill, "decode": config.decode, ROUTER: 1}
+        sizes = {"prefill": config.prefill, "decode": config.decode, "colocated": config.colocated}
+        self._desired = {**sizes, ROUTER: 1}
         self._failures = dict.fromkeys(self._desired, Failures())
         self._failed_ids = dict.fromkeys(self._desired, "")  # the last that failed
         self._router_port = config.port
@@ -55,8 +55,8 @@ class Controller:
     def scale(self, desired: Mapping[str, int]) -> None:
         """Set the size of the pools that are named. Raises `InvalidRequest`."""
         for pool, size in desired.items():
-            if pool not in SCALABLE:
-                raise errors.InvalidRequest(f"no pool {pool!r}: name prefill or decode", field="desired")
+            if pool not in POOLS:
+                raise errors.InvalidRequest(f"no pool {pool!r}: name one of {', '.join(POOLS)}", field="desired")
             if not 0 <= size <= MAX_WORKERS:
                 raise errors.InvalidRequest(f"{pool}: 0 to {MAX_WORKERS} workers, not {size}", field="desired")
         if self._ending:
@@ -84,15 +84,20 @@ class Controller:
         )
 
     def pools(self) -> list[operator_pb2.PoolStatus]:
-        """Each pool's desired number, its workers, and its last failure while that stands."""
-        return [
-            operator_pb2.PoolStatus(
-                pool=pool,
-                desired=desired,
-                workers=[*(member.status() for member in self._of(pool)), *self._failed(pool)],
-            )
-            for pool, desired in self._desired.items()
-        ]
+        """Each pool's desired number, its workers, and its last failure while that stands.
+
+        A pool that the cluster's mode does not have is listed while it has or should have workers.
+        """
+        always = (*MODES[self._config.mode], ROUTER)
+        listed = (self._pool_status(pool) for pool in self._desired)
+        return [status for status in listed if status.pool in always or status.desired or status.workers]
+
+    def _pool_status(self, pool: str) -> operator_pb2.PoolStatus:
+        return operator_pb2.PoolStatus(
+            pool=pool,
+            desired=self._desired[pool],
+            workers=[*(member.status() for member in self._of(pool)), *self._failed(pool)],
+        )
 
     def _failed(self, pool: str) -> list[operator_pb2.WorkerStatus]:
         failures = self._failures[pool]
@@ -206,7 +211,7 @@ class Controller:
     async def _end(self) -> None:
         """The router first: it refuses what is new and tells its clients. Then everyone at once."""
         self._ending = True
-        for pools in ((ROUTER,), SCALABLE):
+        for pools in ((ROUTER,), POOLS):
             leaving = [m for pool in pools for m in self._of(pool) if m.phase is not Phase.STOPPING]
             for member in leaving:
                 member.enter(Phase.STOPPING)

@@ -10,6 +10,7 @@ import ray
 from cluster.actors import Reply, configure_logging, describe_error, node_host
 from cluster.config import ClusterConfig
 from cluster.controller import Controller
+from cluster.gpu_share import gpu_share
 from cluster.operator_service import SERVICE, OperatorService
 from cluster.ray_process import RayLauncher
 from cluster.reconcile import Policy
@@ -52,7 +53,9 @@ class ControllerActor:
         try:
             await directory.ping()
             policy = Policy(drain_timeout_s=config.drain_timeout_s)
-            controller = Controller(config, RayLauncher(config), directory.ping, policy)
+            nodes = await asyncio.to_thread(ray.cluster_resources)
+            launcher = RayLauncher(config, gpu_share(config, nodes.get("GPU", 0)))
+            controller = Controller(config, launcher, directory.ping, policy)
             service = OperatorService(controller, self._ended)
 
             def register(server: grpc.aio.Server) -> None:

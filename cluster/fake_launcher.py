@@ -54,6 +54,9 @@ class FakeProcess(Process):
             raise self.start_error
         return f"{self.worker_id}:{self.port}"
 
+    async def device(self) -> str:
+        return "cpu"
+
     async def lost(self) -> str:
         await self._end.wait()
         return self._reason

@@ -34,6 +34,10 @@ class Process(ABC):
         """Load what it needs and serve; the address (host:port) that it listens on."""
 
     @abstractmethod
+    async def device(self) -> str:
+        """What it computes on, once it has started; empty for a router."""
+
+    @abstractmethod
     async def lost(self) -> str:
         """Wait for the end of the process, and say why it ended."""
 

@@ -38,6 +38,7 @@ class Member:
         self.message = "waiting for a place"
         self.address = ""
         self.node = ""
+        self.device = ""
         self.load = worker_pb2.WorkerLoad()
         self.idle = False
         self.answers = False  # the service itself, when last asked
@@ -51,6 +52,7 @@ class Member:
         self.message = "starting"
         async with _limit(start_timeout_s, "its start took too long"):
             self.address = await self._process.start()
+            self.device = await self._process.device()
         self.enter(Phase.READY)
         log.info("%s is ready at %s on %s (pid %d)", self.worker_id, self.address, place.node, place.pid)
         raise errors.WorkerLost(await self._process.lost())
@@ -117,6 +119,7 @@ class Member:
             state=_STATES[self.phase],
             message=self.message,
             load=self.load,
+            device=self.device,
         )
 
     def enter(self, phase: Phase) -> None:

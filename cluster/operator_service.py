@@ -1,7 +1,7 @@
 """`diptych.v1.Operator`: what operators call."""
 
 import asyncio
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cluster.controller import Controller
@@ -22,7 +22,7 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
     async def Status(self, request: operator_pb2.StatusRequest, context: Any) -> operator_pb2.StatusResponse:
         """What there is, as of the controller's last look."""
         response = self._controller.status()
-        response.version = version("diptych")
+        response.version = _version()
         return response
 
     async def Scale(self, request: operator_pb2.ScaleRequest, context: Any) -> operator_pb2.ScaleResponse:
@@ -38,3 +38,10 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
         self._controller.shutdown()
         await self._ended.wait()
         return operator_pb2.ShutdownResponse()
+
+
+def _version() -> str:
+    try:
+        return version("diptych")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return ""

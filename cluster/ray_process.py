@@ -39,13 +39,19 @@ class RayProcess(Process):
     async def why_waiting(self) -> str:
         name = HEAD if self._pool == "router" else self._pool
         total, free = await asyncio.to_thread(_resources)  # they ask Ray's head, and block
-        return f"Ray's nodes offer {total.get(name, 0):.0f} of {name!r}, {free.get(name, 0):.0f} of it free"
+        offer = f"Ray's nodes offer {total.get(name, 0):.0f} of {name!r}, {free.get(name, 0):.0f} of it free"
+        if name == self._pool and total.get("GPU"):
+            offer += f"; {total['GPU']:.0f} GPUs, {free.get('GPU', 0):.2f} of them free"
+        return offer
 
     async def progress(self) -> str:
         return str(await _result(self._actor.progress.remote()))
 
     async def start(self) -> str:
         return unpack(await _result(self._actor.start.remote()))
+
+    async def device(self) -> str:
+        return str(await _result(self._actor.device.remote()))
 
     async def lost(self) -> str:
         try:
@@ -82,10 +88,14 @@ class RayProcess(Process):
 
 
 class RayLauncher(Launcher):
-    """Places workers by the custom resource named as their pool, and the router on the head node."""
+    """Places workers by the custom resource named as their pool, and the router on the head node.
 
-    def __init__(self, config: ClusterConfig) -> None:
+    Each worker asks for `gpu_share` of a GPU. 0: Ray leaves alone which GPUs it sees.
+    """
+
+    def __init__(self, config: ClusterConfig, gpu_share: float) -> None:
         self._config = config
+        self._gpu_share = gpu_share
         self._settings = config.model_dump_json()
 
     def launch(self, pool: str, worker_id: str, port: int) -> Process:
@@ -96,6 +106,7 @@ class RayLauncher(Launcher):
         else:
             kind = WorkerActor
             options["resources"] = {pool: 1}
+            options["num_gpus"] = self._gpu_share
         actor: Any = ray.remote(kind).options(**options)
         return RayProcess(actor.remote(pool, worker_id, port, self._settings), pool)
 

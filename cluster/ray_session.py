@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from cluster.config import ClusterConfig
+from cluster.config import POOLS, ClusterConfig
 from cluster.controller_actor import ControllerActor
 from cluster.ray_process import HEAD, explain, unpack
 from protos import errors
@@ -21,7 +21,7 @@ NAMESPACE = "diptych"
 # Ray takes 127.0.0.1 for "find another address of this machine"; that of a laptop changes with its network.
 _LOOPBACK = "127.0.0.2"
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing of ours goes through it; less is refused
-_SLOTS = 1024  # workers of either pool on this machine
+_SLOTS = 1024  # workers of each pool on this machine
 _START_S = 60.0  # for the controller
 _DIAL_S = 3.0
 
@@ -36,7 +36,7 @@ def start_local(folder: Path) -> None:
         address="local",
         namespace=NAMESPACE,
         num_cpus=0,
-        resources={"prefill": _SLOTS, "decode": _SLOTS},
+        resources=dict.fromkeys(POOLS, _SLOTS),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,

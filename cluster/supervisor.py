@@ -71,7 +71,7 @@ class Supervisor:
         check_free(host, config.port)
         check_free(host, config.operator_port)
         self._note(phase="model", detail=config.model)
-        hub.resolve(config.model, lambda text: self._note(detail=text))
+        hub.resolve(config.model, lambda text: self._note(detail=text), config.engine.load)
         with contextlib.ExitStack() as stack:
             metadata = None
             if config.redis is None:

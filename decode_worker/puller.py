@@ -6,14 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from kvstore.cuda import Event
 from kvstore.pool import PageId
-from kvstore.segment import Segment
+from kvstore.segment_base import SegmentBase
 from kvstore.transports import registry
 from kvstore.transports.base import PageReader
 from protos.errors import DiptychError, WorkerLost
 from protos.v1 import worker_pb2
 
-_IDLE_S = 10.0  # an unused connection keeps a dead worker's memory mapped: let it go
+_IDLE_S = 10.0  # an unused connection is let go
+_LOOK_S = 1.0  # between looks at who is gone: a mapping keeps a dead worker's memory from being given back
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Pulled:
     ms: float = 0.0
     transport: str = ""
     error: DiptychError | None = None
+    passed_over: str = ""  # better transports that did not work, each with its reason
 
 
 @dataclass
@@ -36,15 +39,39 @@ class _Lane:
     in_flight: int = 0
     used: float = field(default_factory=time.monotonic)
 
+    def owner_gone(self) -> bool:
+        return self.reader is not None and self.reader.owner_gone()
+
+    def close(self, wait: bool) -> None:
+        """End the thread, and the connection in it: giving back a GPU's mapping may take a while."""
+        self.thread.submit(self._hang_up)
+        self.thread.shutdown(wait=wait)
+
+    def _hang_up(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+
 
 class Puller:
-    """`done` is called through `post`, so in the engine's thread; everything else here is called from there too."""
+    """`done` is called through `post`, so in the engine's thread; everything else here is called from there too.
 
-    def __init__(self, segment: Segment, transports: Sequence[str], post: Callable[[Callable[[], None]], None]) -> None:
+    `launched` gives an event behind everything that the engine has launched so far, or None where nothing that was
+    launched can write to a page that is free by now. It is asked at each pull, in the engine's thread.
+    """
+
+    def __init__(
+        self,
+        segment: SegmentBase,
+        transports: Sequence[str],
+        post: Callable[[Callable[[], None]], None],
+        launched: Callable[[], Event | None] = lambda: None,
+    ) -> None:
         self._segment = segment
         self._transports = transports
         self._post = post
+        self._launched = launched
         self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._looked = 0.0
 
     def pull(
         self,
@@ -58,18 +85,21 @@ class Puller:
         lane = self._lanes.setdefault((source.worker_id, source.incarnation), _Lane())
         lane.in_flight += 1
         pairs = [(ref.page, ref.generation) for ref in refs]
-        lane.thread.submit(self._run, lane, source, pairs, list(into), timeout_s, done)
+        lane.thread.submit(self._run, lane, source, pairs, list(into), timeout_s, self._launched(), done)
 
     def close_idle(self, now: float) -> None:
-        """Drop connections that were not used for a while."""
+        """Drop connections that were not used for a while, or whose owner is gone."""
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
         for key, lane in list(self._lanes.items()):
-            if lane.in_flight == 0 and now - lane.used > _IDLE_S:
+            if lane.in_flight == 0 and (now - lane.used > _IDLE_S or lane.owner_gone()):
                 del self._lanes[key]
-                _close(lane)
+                lane.close(wait=False)
 
     def close(self) -> None:
         for lane in self._lanes.values():
-            _close(lane)
+            lane.close(wait=True)
         self._lanes.clear()
 
     def _run(
@@ -79,6 +109,7 @@ class Puller:
         refs: list[tuple[int, int]],
         into: list[PageId],
         timeout_s: float,
+        after: Event | None,
         done: Callable[[Pulled], None],
     ) -> None:
         """In the lane's thread."""
@@ -86,9 +117,9 @@ class Puller:
         try:
             if lane.reader is None:
                 lane.reader = registry.connect(source, self._segment, self._transports)
-            moved = lane.reader.pull(refs, into, timeout_s)
+            moved = lane.reader.pull(refs, into, timeout_s, after)
             ms = (time.perf_counter() - started) * 1e3
-            result = Pulled(len(refs), moved, ms, lane.reader.name)
+            result = Pulled(len(refs), moved, ms, lane.reader.name, passed_over=lane.reader.passed_over)
         except DiptychError as error:
             result = Pulled(len(refs), error=error)
         except Exception as error:
@@ -104,9 +135,3 @@ class Puller:
         lane.in_flight -= 1
         lane.used = time.monotonic()
         done(result)
-
-
-def _close(lane: _Lane) -> None:
-    lane.thread.shutdown(wait=True)
-    if lane.reader is not None:
-        lane.reader.close()

@@ -6,6 +6,7 @@ from functools import partial
 from time import monotonic
 
 from decode_worker.arrival import Arrival
+from decode_worker.measurement import Measurement
 from decode_worker.puller import Pulled, Puller
 from engine.engine import Engine
 from kvstore.pool import OutOfPages
@@ -45,6 +46,9 @@ class DecodeRole(Role):
             sequence = progress.sequence
             assert progress.token is not None  # nothing but decode rows runs here
             update = worker_pb2.SequenceUpdate(request_id=sequence.request_id, token_ids=[progress.token])
+            if sequence.logprobs:
+                update.logprobs.extend(sequence.logprobs)
+                sequence.logprobs.clear()
             self.emit(self._requests[sequence.request_id].router_id, update)
             if progress.finish is not None:
                 update.finish_reason = finish_reason(progress.finish)
@@ -70,6 +74,13 @@ class DecodeRole(Role):
         load = self._pool_load()
         load.waiting = len(self._waiting)
         return load
+
+    def measure(
+        self,
+        request: worker_pb2.MeasureRequest,
+        done: Callable[[worker_pb2.MeasureResponse | DiptychError], None],
+    ) -> None:
+        Measurement(self.pool, self._puller, done).start(request.source, request.pages)
 
     def close(self) -> None:
         self._puller.close()

@@ -14,7 +14,7 @@ class DecodeWorker(WorkerHost):
     pool_name = "decode"
 
     def make_role(self, engine: Engine) -> DecodeRole:
-        return DecodeRole(engine, Puller(self.segment, self.config.transports, self._post))
+        return DecodeRole(engine, Puller(self.segment, self.config.transports, self._post, self.launched))
 
     def _post(self, command: Callable[[], None]) -> None:
         self._loop.post_wait(command)

@@ -6,7 +6,7 @@ import traceback
 
 import typer
 
-from diptych.commands import generate, models, operate, up
+from diptych.commands import doctor, generate, models, operate, replay, up
 from diptych.exit_codes import INTERRUPTED, OTHER, SETUP, exit_code
 from protos import errors
 
@@ -23,7 +23,9 @@ app.command()(up.up)
 app.command()(up.down)
 app.command()(operate.status)
 app.command()(operate.scale)
+app.command()(doctor.doctor)
 app.command()(generate.generate)
+app.command()(replay.replay)
 app.command()(models.pull)
 app.command()(models.demo)
 app.command()(models.version)

@@ -30,25 +30,41 @@ _FINISH: dict[int, FinishReason | None] = {
 
 
 class Sampling(TypedDict, total=False):
-    """How tokens are chosen. What is left out takes the router's default."""
+    """How tokens are chosen. What is left out takes the router's default; docs/sampling.md says all of it."""
 
     max_tokens: int  # default 256
     temperature: float  # default 0: greedy
     top_k: int  # default 0: off
     top_p: float  # default 1: off
+    min_p: float  # default 0: off
+    repetition_penalty: float  # default 1: off
+    frequency_penalty: float  # default 0: off
+    presence_penalty: float  # default 0: off
+    logit_bias: Mapping[int, float]  # added to the logits of these ids
     seed: int  # default: drawn by the router
     stop: Sequence[str]  # text that ends the answer and is not part of it
     stop_token_ids: Sequence[int]
+    bad_words: Sequence[str]  # text that the answer must not have
+    bad_tokens: Sequence[Sequence[int]]  # runs of ids that the answer must not have
+    min_tokens: int  # default 0; the first so many tokens do not end the answer
     ignore_eos: bool  # default False
+    logprobs: int  # default: none; of each token, and of so many of the likeliest
+    prompt_logprobs: int  # default: none; the same for the prompt's tokens
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. The last one alone has a finish reason, usage and stats."""
+    """A piece of an answer. The last one alone has a finish reason, usage and stats.
+
+    Where they were asked for there is one of `logprobs` for each token; `prompt_logprobs`, from the prompt's second
+    token on, come before the first token or with it.
+    """
 
     request_id: str
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     usage: inference_pb2.Usage | None = None
     stats: inference_pb2.RequestStats | None = None
@@ -56,7 +72,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer. Log-probabilities are there where they were asked for, as in `Chunk`."""
 
     request_id: str
     text: str
@@ -64,6 +80,8 @@ class Completion:
     finish_reason: FinishReason
     usage: inference_pb2.Usage
     stats: inference_pb2.RequestStats
+    logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
 
 
 class Client:
@@ -174,8 +192,11 @@ class Client:
 
 
 def _sampling(options: Sampling) -> common_pb2.SamplingParams:
+    fields: dict[str, Any] = dict(options)
     try:
-        return common_pb2.SamplingParams(**options)
+        if "bad_tokens" in fields:
+            fields["bad_tokens"] = [common_pb2.TokenSequence(ids=run) for run in fields["bad_tokens"]]
+        return common_pb2.SamplingParams(**fields)
     except (TypeError, ValueError) as error:
         raise errors.InvalidRequest(f"sampling: {error}", field="sampling") from error
 
@@ -202,6 +223,8 @@ def _chunk(message: inference_pb2.GenerateResponse) -> Chunk:
         request_id=message.request_id,
         text=message.text,
         token_ids=tuple(message.token_ids),
+        logprobs=tuple(message.logprobs),
+        prompt_logprobs=tuple(message.prompt_logprobs),
         finish_reason=_FINISH.get(message.finish_reason),
         usage=message.usage if message.HasField("usage") else None,
         stats=message.stats if message.HasField("stats") else None,
@@ -219,4 +242,6 @@ def _join(chunks: Sequence[Chunk]) -> Completion:
         finish_reason=last.finish_reason,
         usage=last.usage,
         stats=last.stats,
+        logprobs=tuple(found for chunk in chunks for found in chunk.logprobs),
+        prompt_logprobs=tuple(found for chunk in chunks for found in chunk.prompt_logprobs),
     )

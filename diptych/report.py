@@ -8,6 +8,9 @@ from rich.table import Table
 
 from diptych.client import Chunk
 
+# Rows that say nothing where one worker did both phases.
+_OF_HAND_OVER = ("decode joined", "pages handed over", "pulls took", "  at prefill, at decode")
+
 
 class Timeline:
     """When tokens reached the client. Begins when it is made."""
@@ -44,6 +47,20 @@ def report(answers: Sequence[tuple[str, Chunk, Timeline]]) -> Table:
     return table
 
 
+def logprobs_table(chunks: Sequence[Chunk]) -> Table:
+    """One row for each token of prompt and answer: its id, its log-probability, and the likeliest in its place."""
+    table = Table("", "id", "log-probability", "likeliest", box=None)
+    for title, found in (
+        ("prompt", [one for chunk in chunks for one in chunk.prompt_logprobs]),
+        ("answer", [one for chunk in chunks for one in chunk.logprobs]),
+    ):
+        for one in found:
+            likeliest = zip(one.top_ids, one.top_logprobs, strict=True)
+            others = "  ".join(f"{token} {logprob:.3f}" for token, logprob in likeliest)
+            table.add_row(title, str(one.token_id), f"{one.logprob:.3f}", others)
+    return table
+
+
 def _column(last: Chunk, timeline: Timeline) -> dict[str, str]:
     usage, stats = last.usage, last.stats
     if usage is None or stats is None:
@@ -51,7 +68,7 @@ def _column(last: Chunk, timeline: Timeline) -> dict[str, str]:
     gaps = timeline.token_gaps_ms
     moved = f"{stats.bytes_handed_over / 2**20:.1f} MiB"
     hits = max(stats.prefill_prefix_pages, stats.decode_prefix_pages)
-    return {
+    column = {
         "prompt tokens": str(usage.prompt_tokens),
         "answer tokens": str(usage.completion_tokens),
         "queue": _ms(stats.queue_ms),
@@ -67,6 +84,9 @@ def _column(last: Chunk, timeline: Timeline) -> dict[str, str]:
         "between tokens, worst": _ms(max(gaps)) if gaps else "-",
         "workers": f"{stats.prefill_worker}, {stats.decode_worker}",
     }
+    if stats.prefill_worker == stats.decode_worker != "":
+        column |= dict.fromkeys(_OF_HAND_OVER, "-") | {"workers": stats.prefill_worker}
+    return column
 
 
 def _ms(value: float) -> str:

@@ -1,1 +1,1 @@
-"""What both workers share: model, weights, tokenizer, batch, runner, sampling. No gRPC, no Ray, no Redis."""
+"""What all workers share: model, weights, tokenizer, batch, runner, sampling. No gRPC, no Ray, no Redis."""

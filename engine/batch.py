@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.attention import AttentionPlan
+from kernels.attention import AttentionPlan, DecodePlan, PrefillPlan
 
 
 @dataclass(frozen=True)
@@ -14,5 +14,5 @@ class ForwardBatch:
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, position in the sequence, from 0
     slots: Tensor  # [tokens] int64: page * page_size + offset, where the token's K and V are written
-    logit_rows: Tensor  # [rows] int64: which tokens' logits are wanted
-    plan: AttentionPlan
+    logit_rows: Tensor | None  # [rows] int64: which tokens' logits are wanted; None: all
+    plan: AttentionPlan | DecodePlan | PrefillPlan

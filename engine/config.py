@@ -8,11 +8,14 @@ class EngineConfig:
     """Sizes of one engine. `num_pages` counts pages of `page_size` tokens for all layers."""
 
     page_size: int = 64
-    num_pages: int = 256
+    num_pages: int = 0  # 0: as many as gpu_memory has room for; on a CPU 256
+    gpu_memory: float = 0.9  # share of its GPU's memory that the worker may take
     token_budget: int = 512  # most tokens in one step, prefill chunks and decode rows together
     max_sequences: int = 64  # most sequences in one step
     max_waiting: int = 1024  # most sequences that wait for room
+    device: str = "auto"  # cuda: the first GPU that the process sees; cpu; auto: a GPU where there is one
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    load: str = "auto"  # auto: the model's weights; random: made from its config.json
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -24,7 +27,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """One worker of either pool. `model` is a directory that `engine.hub.resolve` returned."""
+    """One worker of any pool. `model` is a directory that `engine.hub.resolve` returned."""
 
     worker_id: str
     model: str
@@ -33,5 +36,5 @@ class WorkerConfig:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free port
     engine: EngineConfig = field(default_factory=EngineConfig)
-    transports: tuple[str, ...] = ("shm", "tcp")  # offered to readers, best first
+    transports: tuple[str, ...] = ("cuda_ipc", "shm", "tcp")  # offered to readers where they suit the pool, best first
     tenant_secret: str = ""

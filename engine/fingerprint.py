@@ -4,7 +4,7 @@ import hashlib
 import struct
 from pathlib import Path
 
-from engine.model_config import read_json
+from engine.json_fields import read_json
 from protos.errors import ModelUnusable
 
 SINGLE_FILE = "model.safetensors"
@@ -47,6 +47,15 @@ def model_fingerprint(path: Path) -> str:
     except OSError as error:
         raise ModelUnusable(f"{path} cannot be read ({error}): fetch the model's files again", stage="load") from error
     return digest.hexdigest()
+
+
+def random_fingerprint(path: Path, seed: int) -> str:
+    """Of weights made from config.json and a seed (`engine.random_source`): it says so. Raises `ModelUnusable`."""
+    try:
+        config = (path / "config.json").read_bytes()
+    except OSError as error:
+        raise ModelUnusable(f"{path} cannot be read ({error}): give a model's directory", stage="load") from error
+    return f"random-{seed}-{hashlib.blake2b(config, digest_size=12).hexdigest()}"
 
 
 def _add(digest: "hashlib.blake2b", file: Path) -> None:

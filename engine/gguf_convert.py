@@ -93,11 +93,12 @@ def _config(metadata: dict[str, Any], tensors: dict[str, ReaderTensor], gguf: Pa
         key = f"{architecture}.{name}"
         return metadata.get(key, *default) if default else metadata[key]
 
-    if field("rope.scaling.type", "none") != "none":
-        raise ModelUnusable(
-            f"{gguf} stretches its rotary embedding, which is not built for GGUF: use the model's safetensors",
-            stage="load",
-        )
+    for name, plain in (("rope.scaling.type", "none"), ("attention.sliding_window", 0)):
+        if field(name, plain) != plain:
+            raise ModelUnusable(
+                f"{gguf} has {name} = {field(name)!r}, which is not built for GGUF: use the model's safetensors",
+                stage="load",
+            )
     heads, hidden = field("attention.head_count"), field("embedding_length")
     return {
         "architectures": [_ARCHITECTURES[architecture]],

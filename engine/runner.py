@@ -7,65 +7,62 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.config import EngineConfig
+from engine.engine import Done
+from engine.logprobs import token_logprobs
 from engine.model import Decoder
-from engine.sampler import SamplingBatch, sample
+from engine.packing import pack
+from engine.sampler import sample
 from engine.scheduler import Chunk
-from kernels.attention import AttentionPlan
+from engine.sequence import Sequence
+
+# Rows of a prompt whose logits are held at once: 64 rows of 128k ids are 32 MiB.
+_SCORED_ROWS = 64
 
 
 class ModelRunner:
     """The torch side of an engine. `cache` is [pages, layers, 2, kv_heads, page_size, head_dim]."""
+
+    behind = 0
 
     def __init__(self, model: Decoder, cache: Tensor, config: EngineConfig) -> None:
         self._model = model
         self._cache = cache
         self._page_size = config.page_size
 
+    def launch(self, chunks: list[Chunk]) -> Done:
+        """Compute the chunks."""
+        return Done(self.run(chunks))
+
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[int]:
-        """Compute the chunks; returns a sampled id for each chunk that `is_last`, in order."""
-        logits = self._model.forward(self._batch(chunks), self._cache)  # [rows, vocab]
+        """Compute the chunks; returns a sampled id for each chunk that `is_last`, in order.
+
+        Log-probabilities that a sequence asks for are added to it.
+        """
+        hidden = self._model.hidden(self._batch(chunks), self._cache)  # [rows, hidden]
         wanted = [chunk.sequence for chunk in chunks if chunk.is_last]
-        if not wanted:
-            return []
-        rows = SamplingBatch([s.sampling for s in wanted], positions=[len(s.tokens) for s in wanted])
-        ids: list[int] = sample(logits, rows).tolist()
+        self._score_prompts(chunks, hidden[len(wanted) :])
+        return self._sample(wanted, hidden[: len(wanted)]) if wanted else []
+
+    def _sample(self, sequences: list[Sequence], hidden: Tensor) -> list[int]:
+        logits = self._model.logits(hidden)  # [sequences, vocab]
+        ids: list[int] = sample(logits, sequences).tolist()
+        for row, sequence in enumerate(sequences):
+            if (top := sequence.sampling.logprobs) is not None:
+                sequence.logprobs += token_logprobs(logits[row : row + 1], ids[row : row + 1], top)
         return ids
 
-    def _batch(self, chunks: list[Chunk]) -> ForwardBatch:
-        device = self._cache.device
-        counts = torch.tensor([chunk.count for chunk in chunks])
-        starts = torch.tensor([chunk.sequence.computed for chunk in chunks])
-        ends = torch.cumsum(counts, 0)
-        owner = torch.repeat_interleave(torch.arange(len(chunks)), counts)  # [tokens]
-        positions = torch.arange(int(ends[-1])) - (ends - counts)[owner] + starts[owner]
-        page_table = self._page_table(chunks)
-        pages = page_table[owner, positions // self._page_size].long()
-        token_ids = [
-            token
-            for chunk in chunks
-            for token in chunk.sequence.tokens[chunk.sequence.computed : chunk.sequence.computed + chunk.count]
-        ]
-        plan = AttentionPlan(
-            page_table=page_table.to(device),
-            query_starts=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int().to(device),
-            context_lens=(starts + counts).int().to(device),
-            num_decodes=len(list(takewhile(lambda chunk: chunk.count == 1, chunks))),
-            page_size=self._page_size,
-        )
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids).to(device),
-            positions=positions.to(device),
-            slots=(pages * self._page_size + positions % self._page_size).to(device),
-            logit_rows=(ends - 1)[torch.tensor([chunk.is_last for chunk in chunks])].to(device),
-            plan=plan,
-        )
+    def _score_prompts(self, chunks: list[Chunk], hidden: Tensor) -> None:
+        """hidden [scored rows of all chunks, hidden]: each row says how probable the prompt's next token was."""
+        for chunk in chunks:
+            for start in range(0, chunk.scored, _SCORED_ROWS):
+                rows = min(_SCORED_ROWS, chunk.scored - start)
+                first = chunk.start + start + 1
+                targets = chunk.sequence.tokens[first : first + rows]
+                top = chunk.sequence.sampling.prompt_logprobs or 0
+                chunk.sequence.prompt_logprobs += token_logprobs(self._model.logits(hidden[:rows]), targets, top)
+                hidden = hidden[rows:]
 
-    @staticmethod
-    def _page_table(chunks: list[Chunk]) -> Tensor:
-        """[seqs, max_pages] int32; slots past a sequence's pages are never read."""
-        widest = max(len(chunk.sequence.pages) for chunk in chunks)
-        return torch.tensor(
-            [[*chunk.sequence.pages, *[0] * (widest - len(chunk.sequence.pages))] for chunk in chunks],
-            dtype=torch.int32,
-        )
+    def _batch(self, chunks: list[Chunk]) -> ForwardBatch:
+        num_decodes = sum(1 for _ in takewhile(lambda chunk: chunk.count == 1, chunks))
+        return pack(chunks, self._page_size, self._cache.device, num_decodes)

@@ -1,7 +1,7 @@
 """Which tokens are computed next, and which pages hold them. Pure bookkeeping: no torch, no clock."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
@@ -11,17 +11,31 @@ from kvstore.pool import OutOfPages, PagePool
 from protos.errors import InvalidRequest, Overloaded
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, it would take three times as long to make, for each row of each step
 class Chunk:
-    """The next `count` tokens of a sequence, from its `computed` on."""
+    """The next tokens of a sequence, from its `start` on and up to its `end`."""
 
     sequence: Sequence
-    count: int
+    start: int
+    end: int
+    is_last: bool  # a token is sampled after it
 
     @property
-    def is_last(self) -> bool:
-        """Whether a token is sampled after it."""
-        return self.count == self.sequence.pending
+    def count(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it is a decode row: one token in, one token out."""
+        return self.is_last and self.count == 1
+
+    @property
+    def scored(self) -> int:
+        """How many of its tokens, from the first on, say the log-probability of a prompt token that is asked for."""
+        sequence = self.sequence
+        if sequence.sampling.prompt_logprobs is None:
+            return 0
+        return max(0, min(self.count, sequence.prompt_len - 1 - self.start))
 
 
 class Scheduler:
@@ -88,24 +102,38 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks: decode rows (one token each) first."""
         self._admit()
-        rows = [Chunk(s, 1) for s in self.running if s.pending == 1]
-        budget = self.config.token_budget - len(rows)
-        chunks: list[Chunk] = []
-        for sequence in self.running:
-            if sequence.pending > 1 and budget > 0:
-                chunks.append(Chunk(sequence, min(sequence.pending, budget)))
-                budget -= chunks[-1].count
-        for chunk in rows + chunks:
-            self._grow(chunk)
-        return rows + chunks
+        pending = [(sequence, sequence.pending) for sequence in self.running]
+        chunks = [Chunk(s, s.computed, s.computed + 1, True) for s, count in pending if count == 1]
+        budget = self.config.token_budget - len(chunks)
+        for sequence, count in pending:
+            if count > 1 and budget > 0:
+                taken = min(count, budget)
+                start = sequence.computed
+                chunks.append(Chunk(sequence, start, start + taken, is_last=taken == count))
+                budget -= taken
+        size = self.config.page_size
+        for chunk in chunks:
+            if chunk.end > len(chunk.sequence.pages) * size:
+                self._grow(chunk)
+        return chunks
 
-    def advance(self, sequence: Sequence, count: int) -> None:
-        """Note that K and V of `count` more tokens are in the pages, and seal the pages that this fills."""
-        sequence.computed += count
-        for index in range(sequence.sealed, sequence.computed // self.config.page_size):
+    def launched(self, chunks: Iterable[Chunk]) -> None:
+        """Note that the chunks' computation is under way: what is scheduled from now on goes on after it."""
+        for chunk in chunks:
+            chunk.sequence.computed = chunk.end
+            chunk.sequence.unread += chunk.is_last
+
+    def written(self, sequence: Sequence, end: int) -> None:
+        """Note that K and V of the first `end` tokens are in the pages, and seal the pages that they fill."""
+        for index in range(sequence.sealed, end // self.config.page_size):
             if self.pool.seal(sequence.pages[index], self._key(sequence, index)):
                 self._on_seal(sequence.keys[0], sequence.keys[index])
             sequence.sealed += 1
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """Note `count` more tokens whose K and V are in the pages already."""
+        sequence.computed += count
+        self.written(sequence, sequence.computed)
 
     def seal_tail(self, sequence: Sequence) -> None:
         """Seal the part-filled last page, under no key, for the caller knows that no more will be written."""
@@ -126,6 +154,7 @@ class Scheduler:
         self.pool.release(list(reversed(sequence.pages[: sequence.sealed])))
         sequence.pages.clear()
         sequence.sealed = 0
+        sequence.dropped = True
 
     def _admit(self) -> None:
         """Move waiting sequences into the batch, in order, while there is room for all their pages."""
@@ -134,6 +163,8 @@ class Scheduler:
             size = self.config.page_size
             # At least one token must be computed, for there is no first token without its logits.
             usable = sequence.keys[: (len(sequence.tokens) - 1) // size]
+            if sequence.sampling.prompt_logprobs is not None:  # they need the logits of every position
+                usable = []
             try:
                 pages, credit = self.pool.admit(usable, self.pages_for(sequence))
             except OutOfPages:
@@ -146,8 +177,7 @@ class Scheduler:
     def _grow(self, chunk: Chunk) -> None:
         """Turn credit into pages until they hold the chunk."""
         sequence = chunk.sequence
-        needed = -(-(sequence.computed + chunk.count) // self.config.page_size)
-        while len(sequence.pages) < needed:
+        while chunk.end > len(sequence.pages) * self.config.page_size:
             assert sequence.credit is not None
             page = sequence.credit.take()
             self.pool.begin_fill(page)

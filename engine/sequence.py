@@ -6,6 +6,7 @@ from enum import Enum
 from engine.sampling_params import SamplingParams
 from kvstore.keys import PageKey
 from kvstore.pool import Credit, PageId
+from protos.v1.common_pb2 import TokenLogprobs
 
 
 class Finish(Enum):
@@ -19,7 +20,8 @@ class Finish(Enum):
 class Sequence:
     """Tokens, and the pages that hold their K and V.
 
-    `tokens` is the prompt and what was sampled after it; the first `computed` of them have K and V in `pages`.
+    `tokens` is the prompt and what was sampled after it, as far as the host has read it; `unread` tokens more are
+    sampled or will be by what is launched. Of all these the first `computed` have K and V in `pages`, or will have.
     The first `sealed` pages are sealed and this sequence reads them; the others it writes.
     """
 
@@ -33,13 +35,18 @@ class Sequence:
     pages: list[PageId] = field(default_factory=list)
     credit: Credit | None = None
     computed: int = 0
+    unread: int = 0
     sealed: int = 0
     prefix_pages: int = 0  # pages that were found, not computed
+    dropped: bool = False  # what is still computed for it is for nobody
+    # What the runner has found and nobody has taken yet, where `sampling` asks for it.
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of sampled tokens
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's, from its second on
 
     @property
     def pending(self) -> int:
-        """Tokens whose K and V are still to be computed."""
-        return len(self.tokens) - self.computed
+        """Tokens whose K and V are still to be computed; the last one of all never is."""
+        return min(len(self.tokens) + self.unread, self.max_len - 1) - self.computed
 
     def append(self, token: int) -> Finish | None:
         """Take a sampled token; says whether it was the last."""

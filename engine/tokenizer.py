@@ -10,7 +10,8 @@ from pathlib import Path
 import tokenizers
 
 from engine.chat_template import ChatTemplate
-from engine.model_config import eos_token_ids, read_json
+from engine.json_fields import read_json
+from engine.model_config import eos_token_ids
 from protos.errors import InvalidRequest, ModelUnusable
 
 # One text at a time has nothing to share out, and the library's threads would only warn about later forks.
@@ -58,6 +59,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with what the model wants before it (a begin-of-sequence id, for some)."""
         return self._encode(text, add_special_tokens=True)
+
+    def encode_part(self, text: str) -> list[int]:
+        """Ids of a piece of text, with nothing before it."""
+        return self._encode(text, add_special_tokens=False)
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation up to the point where the assistant speaks next.

@@ -1,17 +1,13 @@
-"""A decoder's weights, read from safetensors files."""
+"""A decoder's weights: which tensors a model directory holds, and how they are put together for computing."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.fingerprint import weight_files
 from engine.model_config import ModelConfig
+from engine.tensor_source import TensorSource
 from kernels.linear import Weight, prepare_weight
-from protos.errors import ModelUnusable
 
 
 @dataclass(frozen=True)
@@ -41,96 +37,70 @@ class Weights:
     lm_head: Weight  # [vocab, hidden]
 
 
-def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read the weights of a model directory. Raises `ModelUnusable` that names what is missing or of a wrong shape.
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a model of this configuration has, by its Hugging Face name."""
+    hidden, q_rows, kv_rows = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab, hidden)
+    for index in range(config.layers):
+        layer = f"model.layers.{index}."
+        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, hidden)
+            if config.qkv_bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        if config.qk_norm:
+            shapes[f"{layer}self_attn.q_norm.weight"] = shapes[f"{layer}self_attn.k_norm.weight"] = (config.head_dim,)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, q_rows)
+        shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (config.ffn, hidden)
+        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, config.ffn)
+        shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+    return shapes
 
-    On a CPU, what has `dtype` in the file and needs no other layout stays in the mapped file (the embedding, for one):
-    processes share it.
-    """
-    return _Reader(path, config, dtype, device).read()
+
+def assemble(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> Weights:
+    """Read all weights, tensor by tensor: besides what is kept, one tensor's parts are in memory at a time."""
+    return _Assembly(config, source, dtype).weights()
 
 
-class _Reader:
-    def __init__(self, path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._path = path
+class _Assembly:
+    def __init__(self, config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> None:
         self._config = config
+        self._source = source
         self._dtype = dtype
-        self._device = device
         # A CPU computes in float32 whatever the weights are: between its kernels half-width numbers would only be
         # rounded and widened again, which took a tenth of a decode step.
-        self._activations = torch.float32 if device.type == "cpu" else dtype
-        self._files: dict[str, Any] = {}  # tensor's name to its opened file
-        for file in weight_files(path):
-            try:
-                opened: Any = safe_open(file, framework="pt")  # its stub has no types
-            except (SafetensorError, OSError) as error:
-                raise ModelUnusable(
-                    f"{file} is broken or cut short ({error}): fetch the model's files again", stage="load"
-                ) from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
+        self._activations = torch.float32 if source.device.type == "cpu" else dtype
 
-    def read(self) -> Weights:
-        config = self._config
-        embedding = self._tensor((config.vocab, config.hidden), "model.embed_tokens.weight", dtype=self._dtype)
+    def weights(self) -> Weights:
+        embedding = self._source.read(["model.embed_tokens.weight"], self._dtype)
         return Weights(
             embedding=embedding,
-            layers=[self._layer(f"model.layers.{index}.") for index in range(config.layers)],
-            final_norm=self._vector(config.hidden, "model.norm.weight"),
-            lm_head=prepare_weight(embedding)
-            if config.tie_embeddings
-            else self._matrix((config.vocab, config.hidden), "lm_head.weight"),
+            layers=[self._layer(f"model.layers.{index}.") for index in range(self._config.layers)],
+            final_norm=self._vector("model.norm.weight"),
+            lm_head=prepare_weight(embedding) if self._config.tie_embeddings else self._matrix("lm_head.weight"),
         )
 
-    def _layer(self, prefix: str) -> LayerWeights:
-        config = self._config
-        hidden, q_rows, kv_rows = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        qkv = [f"{prefix}self_attn.{part}_proj" for part in "qkv"]
-        gate_up = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
-        qkv_rows = q_rows + 2 * kv_rows
-
-        def head_norm(part: str) -> Tensor | None:
-            return self._vector(config.head_dim, f"{prefix}self_attn.{part}_norm.weight") if config.qk_norm else None
-
+    def _layer(self, layer: str) -> LayerWeights:
+        qkv = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
+        bias, norm = self._config.qkv_bias, self._config.qk_norm
         return LayerWeights(
-            input_norm=self._vector(hidden, f"{prefix}input_layernorm.weight"),
-            qkv=self._matrix((qkv_rows, hidden), *(f"{name}.weight" for name in qkv)),
-            qkv_bias=self._vector(qkv_rows, *(f"{name}.bias" for name in qkv)) if config.qkv_bias else None,
-            q_norm=head_norm("q"),
-            k_norm=head_norm("k"),
-            output=self._matrix((hidden, q_rows), f"{prefix}self_attn.o_proj.weight"),
-            ffn_norm=self._vector(hidden, f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._matrix((2 * config.ffn, hidden), *gate_up),
-            down=self._matrix((hidden, config.ffn), f"{prefix}mlp.down_proj.weight"),
+            input_norm=self._vector(f"{layer}input_layernorm.weight"),
+            qkv=self._matrix(*(f"{name}.weight" for name in qkv)),
+            qkv_bias=self._vector(*(f"{name}.bias" for name in qkv)) if bias else None,
+            q_norm=self._vector(f"{layer}self_attn.q_norm.weight") if norm else None,
+            k_norm=self._vector(f"{layer}self_attn.k_norm.weight") if norm else None,
+            output=self._matrix(f"{layer}self_attn.o_proj.weight"),
+            ffn_norm=self._vector(f"{layer}post_attention_layernorm.weight"),
+            gate_up=self._matrix(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
+            down=self._matrix(f"{layer}mlp.down_proj.weight"),
         )
 
-    def _matrix(self, shape: tuple[int, ...], *names: str) -> Weight:
-        return prepare_weight(self._tensor(shape, *names, dtype=self._dtype))
+    def _matrix(self, *names: str) -> Weight:
+        return prepare_weight(self._source.read(list(names), self._dtype))
 
-    def _vector(self, size: int, *names: str) -> Tensor:
-        return self._tensor((size,), *names, dtype=self._activations)
-
-    def _tensor(self, shape: tuple[int, ...], *names: str, dtype: torch.dtype) -> Tensor:
-        """The named tensors, one below the other."""
-        parts = [self._stored(name) for name in names]
-        rows = sum(part.shape[0] for part in parts)
-        if any(part.shape[1:] != shape[1:] for part in parts) or rows != shape[0]:
-            found = ", ".join(str(list(part.shape)) for part in parts)
-            raise ModelUnusable(
-                f"{self._path}: {' + '.join(names)} is {found}, but config.json asks for {list(shape)}: fetch the "
-                "model's files again",
-                stage="load",
-            )
-        placed = [part.to(self._device, dtype) for part in parts]
-        return placed[0] if len(placed) == 1 else torch.cat(placed)
-
-    def _stored(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise ModelUnusable(f"{self._path} has no weight {name!r}: fetch the model's files again", stage="load")
-        tensor: Tensor = self._files[name].get_tensor(name)
-        if not tensor.is_floating_point():
-            raise ModelUnusable(
-                f"{self._path}: {name} is stored as {tensor.dtype}, a quantisation that is not built: choose the "
-                "model in float32, bfloat16 or float16",
-                stage="load",
-            )
-        return tensor
+    def _vector(self, *names: str) -> Tensor:
+        return self._source.read(list(names), self._activations)

@@ -1,20 +1,22 @@
 """Which requests are taken on. Everything that can be wrong with one is found here, before any worker hears of it."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from uuid import uuid4
 
 from engine.sampling_params import SamplingParams
 from kvstore.keys import pack_tokens
 from protos.errors import InvalidRequest, Overloaded, UnknownModel
 from protos.v1 import inference_pb2
+from router.bad_words import with_bad_words
 from router.prompt import PromptReader
 from router.served_model import ServedModel
 
 MAX_REQUEST_ID = 128  # characters
-MAX_SAMPLING_BYTES = 64 * 1024
+MAX_SAMPLING_BYTES = 256 * 1024
 SEED_BITS = 63
 
 
@@ -93,13 +95,16 @@ class Admission:
         sampling = replace(
             sampling, max_tokens=self._fit(len(ids), sampling.max_tokens, request.sampling.HasField("max_tokens"))
         )
+        sampling.check_min_tokens()  # what was not asked for may have shrunk
         eos = () if sampling.ignore_eos else self._model.config.eos_token_ids
+        end_ids = frozenset((*eos, *sampling.stop_token_ids))
+        self._check_choice(sampling, end_ids)
         return Admitted(
             request_id=request_id,
             token_ids=pack_tokens(ids),
             prompt_tokens=len(ids),
             sampling=sampling,
-            end_ids=frozenset((*eos, *sampling.stop_token_ids)),
+            end_ids=end_ids,
         )
 
     def _read_sampling(self, request: inference_pb2.GenerateRequest) -> SamplingParams:
@@ -107,12 +112,22 @@ class Admission:
             raise InvalidRequest("the sampling parameters are too large", field="sampling")
         sampling = SamplingParams.from_proto(request.sampling, default_seed=secrets.randbits(SEED_BITS))
         sampling.validate()
+        self._check_vocabulary("stop_token_ids", sampling.stop_token_ids)
+        self._check_vocabulary("logit_bias", (token for token, _ in sampling.logit_bias))
+        self._check_vocabulary("bad_tokens", chain.from_iterable(sampling.bad_tokens))
+        return with_bad_words(sampling, self._model.tokenizer)
+
+    def _check_vocabulary(self, field: str, ids: Iterable[int]) -> None:
         vocab = self._model.config.vocab
-        if wrong := [token for token in sampling.stop_token_ids if token >= vocab]:
-            raise InvalidRequest(
-                f"id {wrong[0]} is not below {vocab}, the size of the vocabulary", field="stop_token_ids"
-            )
-        return sampling
+        for token in ids:
+            if token >= vocab:
+                raise InvalidRequest(f"id {token} is not below {vocab}, the size of the vocabulary", field=field)
+
+    def _check_choice(self, sampling: SamplingParams, end_ids: frozenset[int]) -> None:
+        """Some token must be left to choose at every position."""
+        forbidden = len(sampling.bad_tokens) + (len(end_ids) if sampling.min_tokens else 0)
+        if forbidden >= self._model.config.vocab:
+            raise InvalidRequest("with so many tokens forbidden none may be left", field="bad_tokens")
 
     def _fit(self, prompt: int, max_tokens: int, asked: bool) -> int:
         """How many tokens the answer may have. A number that was asked for is kept or refused, the default shrinks."""

@@ -22,11 +22,15 @@ class Piece:
 
 
 class Answer:
-    """Ends at an end id (which is a token of the answer, but no text of it), a stop string or `max_tokens`."""
+    """Ends at an end id (which is a token of the answer, but no text of it), a stop string or `max_tokens`.
+
+    Stop strings are looked for behind the text of the first `min_tokens` tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, end_ids: frozenset[int]) -> None:
         self.tokens = 0
         self._max_tokens = sampling.max_tokens
+        self._min_tokens = sampling.min_tokens
         self._end_ids = end_ids
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(sampling.stop)
@@ -50,7 +54,9 @@ class Answer:
         self.tokens += 1
         if token in self._end_ids:
             return self._flush()[0], STOP
-        text, stopped = self._stops.push(self._detokenizer.push([token]))
+        text, stopped = self._detokenizer.push([token]), False
+        if self.tokens > self._min_tokens:
+            text, stopped = self._stops.push(text)
         if stopped:
             return text, STOP
         if self.tokens < self._max_tokens:

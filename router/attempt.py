@@ -1,7 +1,9 @@
-"""One try at a request on one pair of workers: what is said to both, and what their answers set going."""
+"""One try at a request: what is said to its workers, and what their answers set going."""
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from time import monotonic
 
 from kvstore.keys import pack_keys
@@ -11,14 +13,14 @@ from router.admission import Admitted
 from router.answer import Answer, Piece
 from router.placer import Pair
 from router.streams import TokenStream
-from router.worker_link import Claim, Name
+from router.worker_link import Claim, Name, WorkerLink
 from rpc import status
 
 log = logging.getLogger(__name__)
 
 
-class Attempt:
-    """Listens to both workers under a wire id of its own, so nothing that is said to another attempt is taken for this.
+class Attempt(ABC):
+    """Listens to its workers under a wire id of its own, so nothing that is said to another attempt is taken for this.
 
     `done` becomes the reason why the answer ended, or the error that ended the attempt; `blamed` is then the worker
     that another attempt should avoid. `end` must be called whatever happens: it frees what the workers still hold.
@@ -39,8 +41,8 @@ class Attempt:
         self.done: asyncio.Future[common_pb2.FinishReason] = asyncio.get_running_loop().create_future()
         self._wire_id = wire_id
         self._request = request
-        self._links = {"prefill": pair.prefill, "decode": pair.decode}
         self._pair = pair
+        self._links: dict[str, WorkerLink] = {link.record.pool: link for link in (pair.prefill, pair.decode)}
         self._answer = answer
         self._stream = stream
         self._stats = stats
@@ -48,28 +50,17 @@ class Attempt:
         self._sent_ms = 0.0
         self._holding: set[str] = set()  # pools whose worker holds something for us
         self._first_token_seen = False
+        # Kept until the first token: another attempt, which can only come before it, finds them anew.
+        self._prompt_logprobs: list[common_pb2.TokenLogprobs] = []
 
+    @abstractmethod
     def start(self, deadline: float) -> None:
-        """Ask decode for room and prefill for the first token, both at once. Raises `WorkerLost`."""
-        pair, job = self._pair, self._pair.job
-        description = pair.prefill.description
-        self._listen("decode", Claim(self, 0, job.total_pages))
-        self._listen("prefill", Claim(self, pair.compute_tokens, job.prompt_pages))
-        assert description is not None  # listening says that it is live
-        decode = worker_pb2.Decode(source=description.source)
-        prefill = worker_pb2.Prefill()
-        self._fill(decode, deadline)
-        self._fill(prefill, deadline)
-        pair.decode.send(worker_pb2.RouterMessage(decode=decode))
-        pair.prefill.send(worker_pb2.RouterMessage(prefill=prefill))
-        self._sent_ms = self._elapsed_ms()
+        """Say to the workers what is wanted. Raises `WorkerLost`."""
 
     def end(self) -> None:
         """Free what the workers hold, and stop listening. Only the first call does anything."""
-        if "prefill" in self._holding:
-            self._leave_prefill()
-        if "decode" in self._holding:
-            self._cancel("decode")
+        for pool in list(self._holding):
+            self._leave(pool)
         for link in self._links.values():
             link.forget(self._wire_id)
         if self.done.done():
@@ -84,20 +75,21 @@ class Attempt:
         try:
             if update.HasField("error"):
                 self._on_error(pool, status.from_detail(update.error))
-            elif pool == "prefill":
-                self._on_prefill(update)
             else:
-                self._on_decode(update)
+                self._on_update(pool, update)
         except Exception:  # one request's fault must not end the stream that all share
             log.exception("request %s failed in the router", self._request.request_id)
             self._fail(errors.DiptychError("the router failed; its log says why", stage=self.stage))
 
     def lost(self, pool: str, error: errors.DiptychError) -> None:
-        """A worker's stream broke. Once the first token is there, decode says whether it can do without prefill."""
+        """A worker's stream broke."""
         self._holding.discard(pool)
-        if not (pool == "prefill" and self._first_token_seen):
-            self.blamed = self._links[pool].name
-            self._fail(error)
+        self.blamed = self._links[pool].name
+        self._fail(error)
+
+    @abstractmethod
+    def _on_update(self, pool: str, update: worker_pb2.SequenceUpdate) -> None:
+        """A worker's word that is no error."""
 
     def _on_error(self, pool: str, error: errors.DiptychError) -> None:
         self._holding.discard(pool)
@@ -107,49 +99,29 @@ class Attempt:
             self.blamed = self._links[pool].name
         self._fail(error)
 
-    def _on_prefill(self, update: worker_pb2.SequenceUpdate) -> None:
-        if update.sealed:
-            pages = worker_pb2.Pages(request_id=self._wire_id, pages=update.sealed)
-            self._pair.decode.send(worker_pb2.RouterMessage(pages=pages))
+    def _on_prompt(self, update: worker_pb2.SequenceUpdate) -> None:
+        """Note what is said of the prompt, and when its computing brings the first token."""
         if update.HasField("prefill"):
             self._stats.queue_ms = self._sent_ms + update.prefill.queue_ms
             self._stats.prefill_ms = update.prefill.compute_ms
             self._stats.prefill_prefix_pages = update.prefill.prefix_pages
+        self._prompt_logprobs += update.prompt_logprobs
         if update.token_ids and not self._first_token_seen:
-            self._on_first_token(update.token_ids[0])
+            self._first_token_seen = True
+            self._stats.first_token_ms = self._elapsed_ms()
+            self._stream.push_prompt(self._prompt_logprobs)
 
-    def _on_first_token(self, token: int) -> None:
-        self._first_token_seen = True
-        self.stage = "hand_over"
-        self._stats.first_token_ms = self._elapsed_ms()
-        if not self._deliver(self._answer.push([token])):
-            start = worker_pb2.Start(request_id=self._wire_id, first_token=token)
-            self._pair.decode.send(worker_pb2.RouterMessage(start=start))
-
-    def _on_decode(self, update: worker_pb2.SequenceUpdate) -> None:
-        if update.HasField("hand_over"):
-            self._on_hand_over(update.hand_over)
+    def _on_tokens(self, pool: str, update: worker_pb2.SequenceUpdate) -> None:
+        """Take tokens, and the answer's end, from the worker that goes on."""
         if update.finish_reason:
-            self._holding.discard("decode")
-        ended = self._deliver(self._answer.push(list(update.token_ids)))
+            self._holding.discard(pool)
+        ended = self._deliver(self._answer.push(list(update.token_ids)), update.logprobs)
         if update.finish_reason and not ended:
             self._deliver(self._answer.close(update.finish_reason))
 
-    def _on_hand_over(self, report: worker_pb2.HandOverReport) -> None:
-        self.stage = "decode"
-        if "prefill" in self._holding:
-            self._leave_prefill()
-        self._stats.decode_joined_ms = self._elapsed_ms()
-        self._stats.hand_over_ms = report.pull_ms
-        self._stats.pages_handed_over = report.pages
-        self._stats.bytes_handed_over = report.bytes
-        self._stats.decode_prefix_pages = report.prefix_pages
-        self._stats.transport = report.transport
-        self._stats.decode_worker = self._pair.decode.record.worker_id
-
-    def _deliver(self, piece: Piece) -> bool:
-        """Hand a piece to the client; whether it was the last."""
-        self._stream.push(piece.token_ids, piece.text)
+    def _deliver(self, piece: Piece, logprobs: Sequence[common_pb2.TokenLogprobs] = ()) -> bool:
+        """Hand a piece to the client, with those of the log-probabilities that are its own; whether it was the last."""
+        self._stream.push(piece.token_ids, piece.text, logprobs[: len(piece.token_ids)])
         if piece.finish is not None:
             self.done.set_result(piece.finish)
         return piece.finish is not None
@@ -167,25 +139,16 @@ class Attempt:
         message.end_token_ids.extend(sorted(self._request.end_ids))
         message.deadline_s = deadline - monotonic()
 
-    def _listen(self, pool: str, claim: Claim) -> None:
+    def _listen(self, link: WorkerLink, tokens: int, pages: int) -> None:
         try:
-            self._links[pool].listen(self._wire_id, claim)
+            link.listen(self._wire_id, Claim(self, tokens, pages))
         except errors.WorkerLost:
-            self.blamed = self._links[pool].name
+            self.blamed = link.name
             raise
-        self._holding.add(pool)
+        self._holding.add(link.record.pool)
 
-    def _leave_prefill(self) -> None:
-        """Before its first token prefill must stop; after it, it holds only a pin."""
-        if not self._first_token_seen:
-            self._cancel("prefill")
-            return
-        self._holding.discard("prefill")
-        release = worker_pb2.Release(request_id=self._wire_id)
-        self._pair.prefill.send(worker_pb2.RouterMessage(release=release))
-        self._pair.prefill.forget(self._wire_id)
-
-    def _cancel(self, pool: str) -> None:
+    def _leave(self, pool: str) -> None:
+        """The worker must stop, and free what it holds."""
         self._holding.discard(pool)
         cancel = worker_pb2.Cancel(request_id=self._wire_id)
         self._links[pool].send(worker_pb2.RouterMessage(cancel=cancel))

@@ -1,4 +1,4 @@
-"""Which prefill and which decode worker take a request: the pair with the least predicted time.
+"""Which workers take a request: the prefill and decode worker, or the colocated one, with the least predicted time.
 
 Pure functions: the clock, the loads and what each worker holds are arguments. All predictions are milliseconds.
 """
@@ -92,21 +92,29 @@ class Cost:
 
 @dataclass(frozen=True)
 class Placement:
-    """The chosen pair, and why."""
+    """The chosen pair, and why. A colocated worker is both."""
 
     prefill: Candidate
     decode: Candidate
     cost: Cost
 
 
-def choose(prefills: Sequence[Candidate], decodes: Sequence[Candidate], job: Job, now: float) -> Placement | None:
-    """The pair with the least predicted time, None where a pool has no worker that is large enough."""
+def choose(
+    prefills: Sequence[Candidate],
+    decodes: Sequence[Candidate],
+    job: Job,
+    now: float,
+    colocated: Sequence[Candidate] = (),
+) -> Placement | None:
+    """The pair, or the one worker, with the least predicted time; None where none is large enough."""
     fitting = [c for c in prefills if c.max_tokens > job.prompt_tokens]
     roomy = [c for c in decodes if c.max_tokens >= job.prompt_tokens + job.max_tokens]
     first = nsmallest(SHORTLIST, fitting, key=lambda c: queue_ms(c, now) + compute_ms(c, job))
     second = nsmallest(SHORTLIST, roomy, key=lambda c: decode_ms(c, job))
-    pairs = (Placement(p, d, predict(p, d, job, now)) for p in first for d in second)
-    return min(pairs, key=lambda pair: pair.cost.total_ms, default=None)
+    placements = [Placement(p, d, predict(p, d, job, now)) for p in first for d in second]
+    whole = [c for c in colocated if c.max_tokens >= job.prompt_tokens + job.max_tokens]
+    placements += [Placement(c, c, predict_colocated(c, job, now)) for c in whole]
+    return min(placements, key=lambda pair: pair.cost.total_ms, default=None)
 
 
 def predict(prefill: Candidate, decode: Candidate, job: Job, now: float) -> Cost:
@@ -118,6 +126,11 @@ def predict(prefill: Candidate, decode: Candidate, job: Job, now: float) -> Cost
         hand_over_ms=hand_over_ms(prefill, decode, job, compute),
         decode_ms=decode_ms(decode, job),
     )
+
+
+def predict_colocated(worker: Candidate, job: Job, now: float) -> Cost:
+    """What a request would cost on this worker alone: nothing is handed over."""
+    return Cost(queue_ms(worker, now), compute_ms(worker, job), 0.0, decode_ms(worker, job))
 
 
 def queue_ms(worker: Candidate, now: float) -> float:

@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 LOOKUP_S = 0.25  # a directory that takes longer saves less than it costs
 WAIT_STEP_S = 0.02
 RECORD_AGE_S = 1.0  # how old the load of a worker's record may be when it is read
-POOLS = ("prefill", "decode")
+SPLIT = ("prefill", "decode")
+COLOCATED = "colocated"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Where a request goes."""
+    """Where a request goes. A colocated worker is both."""
 
     prefill: WorkerLink
     decode: WorkerLink
@@ -35,9 +36,13 @@ class Pair:
     job: Job
     compute_tokens: int  # that prefill is predicted to compute
 
+    @property
+    def is_colocated(self) -> bool:
+        return self.prefill is self.decode
+
 
 class Placer:
-    """Finds the pair of workers for a request."""
+    """Finds the workers for a request: a prefill and a decode worker, or a colocated one."""
 
     def __init__(self, fleet: Fleet, model: ServedModel, tenant_secret: str, wait_s: float) -> None:
         self._fleet = fleet
@@ -46,9 +51,9 @@ class Placer:
         self._wait_s = wait_s
 
     async def place(self, request: Admitted, excluded: AbstractSet[Name], deadline: float) -> Pair:
-        """The best pair, none of them in `excluded`. Waits for a pool that has no worker, half of the time at most.
+        """The best pair, none of them in `excluded`. Waits while there is none, half of the time at most.
 
-        Raises `NoWorkers` naming the pool, `InvalidRequest` where no worker is large enough.
+        Raises `NoWorkers` naming a pool that has no worker, `InvalidRequest` where no worker is large enough.
         """
         await self._wait_for_workers(request.request_id, excluded, deadline)
         identity = self._fleet.identity()
@@ -56,40 +61,45 @@ class Placer:
         page_format = identity[1]
         keys = page_keys(self._model.root_key(self._tenant_secret, identity), request.token_ids, page_format.page_size)
         job = Job(request.prompt_tokens, request.sampling.max_tokens, page_format.page_size, page_format.page_bytes)
-        links = {pool: self._open(pool, excluded) for pool in POOLS}  # before the lookup: all of this identity
+        # Before the lookup: all of this identity.
+        links = {pool: self._open(pool, excluded) for pool in (*SPLIT, COLOCATED)}
         held = await self._lookup(keys)
-        prefills, decodes = (
-            [_candidate(link, held.get(link.record.holder, 0)) for link in links[pool].values()] for pool in POOLS
+        reusable = {} if request.sampling.prompt_logprobs is not None else held  # those need every position's logits
+        prefills, decodes, colocated = (
+            [_candidate(link, pages.get(link.record.holder, 0)) for link in links[pool].values()]
+            for pool, pages in (("prefill", reusable), ("decode", held), (COLOCATED, reusable))
         )
-        choice = placement.choose(prefills, decodes, job, monotonic())
+        choice = placement.choose(prefills, decodes, job, monotonic(), colocated)
         if choice is None:
             raise self._nobody_fits(request, job, excluded)
         _log_choice(request.request_id, job, choice)
+        chosen = {name: link for pool in links.values() for name, link in pool.items()}
         return Pair(
-            prefill=links["prefill"][choice.prefill.name],
-            decode=links["decode"][choice.decode.name],
+            prefill=chosen[choice.prefill.name],
+            decode=chosen[choice.decode.name],
             keys=keys,
             job=job,
             compute_tokens=placement.uncached_tokens(choice.prefill, job),
         )
 
     def has_others(self, excluded: AbstractSet[Name]) -> bool:
-        """Whether both pools have a worker outside `excluded` now."""
-        return all(self._open(pool, excluded) for pool in POOLS)
+        """Whether a request can be placed on workers outside `excluded` now."""
+        return not self._lack(excluded)
 
     def limits(self) -> Limits:
-        """What the largest worker of each pool holds, connected or not yet; without bound while a pool has none."""
+        """What the largest worker for each phase holds, connected or not yet; without bound while there is none."""
         records = [link.record for link in self._fleet.links.values() if not link.record.draining]
         sizes = {
-            pool: max((record.max_tokens for record in records if record.pool == pool), default=maxsize)
-            for pool in POOLS
+            pool: max((record.max_tokens for record in records if record.pool in (pool, COLOCATED)), default=maxsize)
+            for pool in SPLIT
         }
         return Limits(**sizes)
 
     def ttft_s(self) -> float:
         """Predicted seconds to the first token of one more request: the shortest queue of all."""
         now = monotonic()
-        queues = [placement.queue_ms(_candidate(link, 0), now) for link in self._fleet.usable("prefill")]
+        links = [*self._fleet.usable("prefill"), *self._fleet.usable(COLOCATED)]
+        queues = [placement.queue_ms(_candidate(link, 0), now) for link in links]
         return min(queues, default=0.0) / 1e3
 
     @staticmethod
@@ -116,15 +126,21 @@ class Placer:
     async def _wait_for_workers(self, request_id: str, excluded: AbstractSet[Name], deadline: float) -> None:
         started = monotonic()
         wait_s = min(self._wait_s, (deadline - started) / 2)
-        while missing := [pool for pool in POOLS if not self._open(pool, excluded)]:
+        while lack := self._lack(excluded):
             if monotonic() - started >= wait_s:
-                raise errors.NoWorkers(
-                    f"no {missing[0]} worker takes requests ({describe(self._fleet, missing[0])}); "
-                    f"waited {wait_s:.1f} s",
-                    request_id=request_id,
-                    stage="placement",
-                )
+                raise errors.NoWorkers(f"{lack}; waited {wait_s:.1f} s", request_id=request_id, stage="placement")
             await asyncio.sleep(WAIT_STEP_S)
+
+    def _lack(self, excluded: AbstractSet[Name]) -> str:
+        """What keeps every request from being placed, in words; empty where nothing does."""
+        missing = [pool for pool in SPLIT if not self._open(pool, excluded)]
+        if not missing or self._open(COLOCATED, excluded):
+            return ""
+        known = {link.record.pool for link in self._fleet.links.values()}
+        if not known:
+            return "no worker is known"
+        pool = COLOCATED if known == {COLOCATED} else missing[0]
+        return f"no {pool} worker takes requests ({describe(self._fleet, pool)})"
 
 
 def _log_choice(request_id: str, job: Job, choice: Placement) -> None:

@@ -9,8 +9,10 @@ from protos.v1 import inference_pb2
 from router.admission import Admitted
 from router.answer import Answer
 from router.attempt import Attempt
+from router.colocated_attempt import ColocatedAttempt
 from router.placer import Pair, Placer
 from router.served_model import ServedModel
+from router.split_attempt import SplitAttempt
 from router.streams import Summary, TokenStream
 from router.worker_link import Name
 
@@ -78,7 +80,8 @@ class Request:
         stats = self._stats
         stats.prefill_worker = pair.prefill.record.worker_id
         stats.prompt_pages = len(pair.keys)
-        return Attempt(
+        kind = ColocatedAttempt if pair.is_colocated else SplitAttempt
+        return kind(
             wire_id=f"{self._admitted.request_id}#{_LIFE}.{next(_attempts)}",
             request=self._admitted,
             pair=pair,

@@ -1,11 +1,13 @@
 """From a request's life to its client: what the client has not yet taken is merged into one message."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from protos import errors
 from protos.v1 import common_pb2, inference_pb2
+
+PROMPT_TOKENS = 4096  # whose log-probabilities go into one message: 20 each are 0.7 MB
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,22 @@ class TokenStream:
         self.request_id = request_id
         self._ids: list[int] = []
         self._text: list[str] = []
+        self._logprobs: list[common_pb2.TokenLogprobs] = []
+        self._prompt_logprobs: list[common_pb2.TokenLogprobs] = []
         self._end: Summary | errors.DiptychError | None = None
         self._wake = asyncio.Event()
         self._closed = asyncio.Event()
 
-    def push(self, token_ids: list[int], text: str) -> None:
-        """Add tokens, and the text that became whole with them."""
+    def push(self, token_ids: list[int], text: str, logprobs: Sequence[common_pb2.TokenLogprobs] = ()) -> None:
+        """Add tokens, the text that became whole with them, and their log-probabilities where they are wanted."""
         self._ids += token_ids
         self._text.append(text)
+        self._logprobs += logprobs
+        self._wake.set()
+
+    def push_prompt(self, logprobs: Sequence[common_pb2.TokenLogprobs]) -> None:
+        """Add log-probabilities of the prompt's tokens, before any token of the answer."""
+        self._prompt_logprobs += logprobs
         self._wake.set()
 
     def finish(self, summary: Summary) -> None:
@@ -53,6 +63,8 @@ class TokenStream:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            while len(self._prompt_logprobs) > PROMPT_TOKENS:
+                yield self._take_prompt()
             end, message = self._end, self._take()
             if isinstance(end, Summary):
                 message.finish_reason = end.reason
@@ -74,8 +86,14 @@ class TokenStream:
         await self._closed.wait()
 
     def _take(self) -> inference_pb2.GenerateResponse:
-        message = inference_pb2.GenerateResponse(
-            request_id=self.request_id, token_ids=self._ids, text="".join(self._text)
-        )
-        self._ids, self._text = [], []
+        message = self._take_prompt()
+        message.token_ids.extend(self._ids)
+        message.text = "".join(self._text)
+        message.logprobs.extend(self._logprobs)
+        self._ids, self._text, self._logprobs = [], [], []
         return message
+
+    def _take_prompt(self) -> inference_pb2.GenerateResponse:
+        part = self._prompt_logprobs[:PROMPT_TOKENS]
+        del self._prompt_logprobs[:PROMPT_TOKENS]
+        return inference_pb2.GenerateResponse(request_id=self.request_id, prompt_logprobs=part)

@@ -12,8 +12,16 @@ from rpc.server import RpcServer, start_server
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
+def scored(token: int) -> common_pb2.TokenLogprobs:
+    """The likelier of two."""
+    return common_pb2.TokenLogprobs(token_id=token, logprob=-0.5, top_ids=[token, 9], top_logprobs=[-0.5, -1.5])
+
+
 class FakeRouter(inference_pb2_grpc.InferenceServicer):
-    """Answers "one two" in two messages. `error` comes instead, after the first message where `late`."""
+    """Answers "one two" in two messages. `error` comes instead, after the first message where `late`.
+
+    Log-probabilities come with it where they are asked for.
+    """
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
@@ -38,7 +46,12 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.called.set()
         if self.error and not self.late:
             await status.abort(context, self.error)
-        yield inference_pb2.GenerateResponse(request_id="r", token_ids=[1, 2], text="one")
+        first = inference_pb2.GenerateResponse(request_id="r", token_ids=[1, 2], text="one")
+        if request.sampling.HasField("logprobs"):
+            first.logprobs.extend(map(scored, (1, 2)))
+        if request.sampling.HasField("prompt_logprobs"):
+            first.prompt_logprobs.extend(map(scored, (7, 8)))
+        yield first
         if self.hang:
             try:
                 await asyncio.sleep(3600)
@@ -49,6 +62,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         yield inference_pb2.GenerateResponse(
             request_id="r",
             token_ids=[3],
+            logprobs=[scored(3)] if request.sampling.HasField("logprobs") else [],
             text=" two",
             finish_reason=common_pb2.FINISH_REASON_STOP,
             usage=inference_pb2.Usage(prompt_tokens=5, completion_tokens=3),

@@ -44,7 +44,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def __init__(self, pool: str, directory: MemoryDirectory, *, answer: Answer = echo, **record: Any) -> None:
         self.directory = directory
         self.answer = answer
-        self.script: Script = serve_prefill if pool == "prefill" else serve_decode
+        scripts = {"prefill": serve_prefill, "decode": serve_decode, "colocated": serve_colocated}
+        self.script: Script = scripts[pool]
         self.pause_s = 0.0  # before each token of an answer
         self.messages: list[worker_pb2.RouterMessage] = []
         self.held: dict[str, worker_pb2.Prefill | worker_pb2.Decode] = {}
@@ -180,7 +181,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         """`load`, with what is running here now."""
         present = worker_pb2.WorkerLoad()
         present.CopyFrom(self.load)
-        if self.record.pool == "decode":
+        if self.record.pool != "prefill":
             present.running += len(self.held)
         present.queued_tokens += sum(self._queued.values())
         return present
@@ -222,17 +223,30 @@ async def serve_prefill(worker: FakeWorker, message: worker_pb2.Prefill) -> None
 
 async def serve_decode(worker: FakeWorker, message: worker_pb2.Start) -> None:
     """Join, then one token a message, as long as the request says."""
-    request = worker.held[message.request_id]
-    answer = worker.answer(unpack_tokens(request.token_ids))
     report = worker_pb2.HandOverReport(pages=2, bytes=4096, pull_ms=3.0, prefix_pages=1, transport="shm")
     await worker.say(message.request_id, hand_over=report)
+    await go_on(worker, worker.held[message.request_id])
+
+
+async def serve_colocated(worker: FakeWorker, message: worker_pb2.Prefill) -> None:
+    """The first token with what prefill tells, then as decode does; no page is named."""
+    first = worker.answer(unpack_tokens(message.token_ids))[0]
+    report = worker_pb2.PrefillReport(queue_ms=1.5, compute_ms=20.0, prefix_pages=1)
+    await asyncio.sleep(worker.pause_s)
+    await worker.say(message.request_id, token_ids=[first], prefill=report)
+    await go_on(worker, message)
+
+
+async def go_on(worker: FakeWorker, request: worker_pb2.Prefill | worker_pb2.Decode) -> None:
+    """All tokens of the answer behind the first, one a message."""
+    answer = worker.answer(unpack_tokens(request.token_ids))
     for index in range(1, request.sampling.max_tokens):
         await asyncio.sleep(worker.pause_s)
         token = answer[index]
         finish = STOP if token in request.end_token_ids else LENGTH if index + 1 == request.sampling.max_tokens else 0
         if finish:
-            worker.held.pop(message.request_id)
-        await worker.say(message.request_id, token_ids=[token], finish_reason=finish)
+            worker.held.pop(request.request_id)
+        await worker.say(request.request_id, token_ids=[token], finish_reason=finish)
         if finish:
             return
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 @functools.lru_cache(maxsize=1)
-def load(path: Path) -> Any:
-    """The model of a directory in float32, as transformers loads it."""
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a directory, as transformers loads it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations are not ours
         transformers: Any = importlib.import_module("transformers")
         transformers.utils.logging.disable_progress_bar()
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model.eval()
     model.generation_config.eos_token_id = None  # an answer has the length that is asked for
     return model

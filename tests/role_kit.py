@@ -1,7 +1,7 @@
 """A role without model, network or threads: the engine's runner and the puller are scripted."""
 
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Done, Engine
 from engine.scheduler import Scheduler
 from kvstore.keys import PageKey, pack_keys, pack_tokens, page_keys
 from kvstore.pool import PagePool
@@ -15,13 +15,14 @@ PAGE = 4
 class CountingRunner:
     """Samples 1000, 1001, ... for each sequence by its length, so every token is known beforehand."""
 
-    def __init__(self) -> None:
+    def __init__(self, behind: int = 0) -> None:
+        self.behind = behind
         self.fail: Exception | None = None
 
-    def run(self, chunks) -> list[int]:
+    def launch(self, chunks) -> Done:
         if self.fail:
             raise self.fail
-        return [1000 + len(chunk.sequence.tokens) for chunk in chunks if chunk.is_last]
+        return Done([1000 + c.sequence.unread + len(c.sequence.tokens) for c in chunks if c.is_last])
 
 
 def make_engine(num_pages=16, **config) -> tuple[Engine, CountingRunner]:

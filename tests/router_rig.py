@@ -44,12 +44,14 @@ class Rig:
     decode_count: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     directory: MemoryDirectory = field(default_factory=MemoryDirectory)
+    colocated_count: int = 0
 
     async def __aenter__(self) -> Self:
         self._tasks_before = asyncio.all_tasks()
         self.tokenizer = Tokenizer.from_dir(self.model)
         self.prefills = [await self.worker("prefill", index) for index in range(self.prefill_count)]
         self.decodes = [await self.worker("decode", index) for index in range(self.decode_count)]
+        self.colocated = [await self.worker("colocated", index) for index in range(self.colocated_count)]
         config = {"router_id": "r0", "model": str(self.model), "model_id": "tiny", "redis_url": "", "port": 0}
         self.router = await Router.start(RouterConfig(**(config | self.settings)), self.directory)
         self.channel = grpc.aio.insecure_channel(self.router.address)
@@ -63,9 +65,13 @@ class Rig:
         finally:
             await self.channel.close()
             await self.router.stop()
-            await asyncio.gather(*(worker.die() for worker in (*self.prefills, *self.decodes)))
+            await asyncio.gather(*(worker.die() for worker in self.workers))
         if error is None:
             await self._assert_no_task_left()
+
+    @property
+    def workers(self) -> list[FakeWorker]:
+        return [*self.prefills, *self.decodes, *self.colocated]
 
     @property
     def prefill(self) -> FakeWorker:
@@ -76,7 +82,7 @@ class Rig:
         return self.decodes[0]
 
     async def worker(self, pool: str, index: int = 0, **record: Any) -> FakeWorker:
-        """A started worker; the caller keeps it in `prefills` or `decodes`."""
+        """A started worker; the caller keeps it in `prefills`, `decodes` or `colocated`."""
         return await FakeWorker(pool, self.directory, worker_id=f"{pool}-{index}", **record).start()
 
     def generate(
@@ -97,7 +103,7 @@ class Rig:
         await until(lambda: not self.leftovers(), within_s, self.leftovers)
 
     def leftovers(self) -> list[str]:
-        found = [wire for worker in (*self.prefills, *self.decodes) for wire in worker.held]
+        found = [wire for worker in self.workers for wire in worker.held]
         found += [wire for link in self.router.fleet.links.values() for wire in link.claims]
         found += [str(life) for life in self.router.inference.lives]
         return found + list(self.router.inference.admission.inflight)

@@ -20,12 +20,13 @@ async def serve(kind: str, settings: dict) -> None:
 
         service = await Router.start(RouterConfig(**settings))
     else:
+        from colocated_worker.service import ColocatedWorker
         from decode_worker.service import DecodeWorker
         from prefill_worker.service import PrefillWorker
 
         engine = EngineConfig(**settings.pop("engine"))
         settings["transports"] = tuple(settings["transports"])
-        worker = {"prefill": PrefillWorker, "decode": DecodeWorker}[kind]
+        worker = {"prefill": PrefillWorker, "decode": DecodeWorker, "colocated": ColocatedWorker}[kind]
         service = await worker.start(WorkerConfig(**settings, engine=engine))
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)

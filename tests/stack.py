@@ -58,8 +58,10 @@ class Stack:
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(page_size=16, num_pages=128, dtype="float32"))
     transports: tuple[str, ...] = ("shm", "tcp")
     router_settings: dict = field(default_factory=dict)
+    colocated_workers: int = 0
     prefill: list[Service] = field(default_factory=list)
     decode: list[Service] = field(default_factory=list)
+    colocated: list[Service] = field(default_factory=list)
 
     async def __aenter__(self) -> Self:
         self.valkey = EmbeddedValkey()
@@ -68,6 +70,7 @@ class Stack:
             await asyncio.gather(
                 *(self.add("prefill") for _ in range(self.prefill_workers)),
                 *(self.add("decode") for _ in range(self.decode_workers)),
+                *(self.add("colocated") for _ in range(self.colocated_workers)),
             )
             self.router = await self.spawn("router", self.router_configuration())
             self.client = Client(self.router.address)
@@ -79,9 +82,13 @@ class Stack:
     async def __aexit__(self, *exc: object) -> None:
         if hasattr(self, "client"):
             await self.client.close()
-        services = [*self.prefill, *self.decode, *([self.router] if hasattr(self, "router") else [])]
+        services = [*self.workers, *([self.router] if hasattr(self, "router") else [])]
         await asyncio.gather(*(service.stop() for service in services))
         await asyncio.to_thread(self.valkey.stop)
+
+    @property
+    def workers(self) -> list[Service]:
+        return [*self.prefill, *self.decode, *self.colocated]
 
     async def add(self, pool: str) -> Service:
         """Start one more worker; returns once it is registered."""
@@ -91,7 +98,7 @@ class Stack:
 
     async def descriptions(self) -> list[worker_pb2.WorkerDescription]:
         """What every living worker says of itself."""
-        living = [s for s in (*self.prefill, *self.decode) if s.alive]
+        living = [worker for worker in self.workers if worker.alive]
         return list(await asyncio.gather(*(self._describe(service.address) for service in living)))
 
     async def assert_nothing_held(self, within_s: float = 5.0) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"diptych"},
     {"cluster"},
-    {"router", "prefill_worker", "decode_worker"},
+    {"router", "prefill_worker", "decode_worker", "colocated_worker"},
     {"worker"},
     {"engine"},
     {"kvstore"},
@@ -19,11 +19,22 @@ FLOORS = [
     {"protos"},
 ]
 ROOMS = set.union(*FLOORS)
+WORKERS = {"prefill_worker", "decode_worker", "colocated_worker", "worker"}
 LIBRARIES = {  # rooms that may import these, at any depth of their own files
     "ray": {"cluster"},
-    "grpc": {"diptych", "cluster", "router", "prefill_worker", "decode_worker", "worker", "rpc", "protos"},
+    "grpc": {
+        "diptych",
+        "cluster",
+        "router",
+        "prefill_worker",
+        "decode_worker",
+        "colocated_worker",
+        "worker",
+        "rpc",
+        "protos",
+    },
     "redis": {"kvstore"},
-    "torch": {"prefill_worker", "decode_worker", "worker", "engine", "kernels"},
+    "torch": {*WORKERS, "engine", "kernels"},
     "triton": {"kernels"},
     "transformers": set(),
     "pickle": set(),

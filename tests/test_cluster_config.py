@@ -40,6 +40,22 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert (config.prefill, config.decode, config.engine.page_size, config.engine.threads) == (2, 5, 32, 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (1, 1, 0)),
+        ({"mode": "split", "colocated": 2}, (1, 1, 2)),
+        ({"mode": "colocated"}, (0, 0, 1)),
+        ({"mode": "colocated", "colocated": 3}, (0, 0, 3)),
+        ({"mode": "colocated", "prefill": 1, "decode": 2}, (1, 2, 1)),
+    ],
+)
+def test_the_mode_gives_the_sizes_that_are_not_given(given, sizes):
+    config = load_config(None, given)
+    assert (config.prefill, config.decode, config.colocated) == sizes
+    assert ClusterConfig.model_validate_json(config.model_dump_json()) == config
+
+
 def test_the_example_is_valid():
     assert load_config(ROOT / "examples" / "cluster.yaml", {}).decode == 2
 
@@ -51,12 +67,15 @@ def test_the_example_is_valid():
         ("engine: {pages: 2}", "engine.pages: unknown setting"),
         ("engine: 3", "engine: "),
         ("decode: -1", "decode: "),
+        ("mode: both", "mode: "),
+        ("mode: [split]", "mode: "),
         ("decode: many", "decode: "),
         ("port: 70000", "port: "),
         ("port: 50052", "operator_port: must differ"),
         ("redis: http://h", "redis: must be a redis://"),
         ("name: UPPER", "name: "),
         ("engine: {dtype: int4}", "engine.dtype: "),
+        ("engine: {load: dummy}", "engine.load: "),
         ("transports: []", "transports: "),
         ("- 1", "must hold settings"),
         ("{", "cannot read"),

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -26,8 +27,8 @@ FAILED = operator_pb2.WORKER_STATE_FAILED
 class Rig:
     """A controller that runs, and what its processes are told."""
 
-    def __init__(self, prefill: int = 1, decode: int = 1, port: int = 50051, policy: Policy = POLICY) -> None:
-        settings = {"prefill": prefill, "decode": decode, "port": port, "redis": "redis://user:secret@host:1/0"}
+    def __init__(self, policy: Policy = POLICY, **given: Any) -> None:
+        settings = {"redis": "redis://user:secret@host:1/0"} | given
         self.launcher = FakeLauncher()
         self.redis_up = True
         self.controller = Controller(load_config(None, settings), self.launcher, self._ping, policy)
@@ -223,6 +224,33 @@ async def test_a_worker_that_has_not_started_is_stopped_without_draining():
         rig.controller.scale({"decode": 1})
         await until(lambda: rig.launcher.processes["decode-2"].dead)
         assert rig.launcher.processes["decode-2"].calls == ["kill"]
+
+
+async def test_colocated_workers_are_started_replaced_and_drained_like_any_other():
+    async with Rig(mode="colocated") as rig:
+        await rig.ready()
+        assert [(pool.pool, pool.desired) for pool in rig.controller.pools()] == [("colocated", 1), ("router", 1)]
+        rig.controller.scale({"colocated": 2})
+        await rig.ready()
+        rig.launcher.processes["colocated-1"].die("killed")
+        await until(lambda: rig.launcher.living("colocated") == ["colocated-2", "colocated-3"])
+        await rig.ready()
+        leaving = rig.launcher.processes["colocated-3"]
+        rig.controller.scale({"colocated": 1})
+        await until(lambda: leaving.calls == ["drain"])
+        leaving.drained.set()
+        await until(lambda: rig.launcher.living("colocated") == ["colocated-2"])
+
+
+async def test_pools_of_the_other_mode_are_listed_while_they_are_used():
+    async with Rig() as rig:
+        await rig.ready()
+        rig.controller.scale({"colocated": 1, "decode": 0})
+        await until(lambda: rig.launcher.living("colocated") == ["colocated-1"])
+        assert [pool.pool for pool in rig.controller.pools()] == ["prefill", "decode", "colocated", "router"]
+        rig.launcher.processes["colocated-1"].drained.set()
+        rig.controller.scale({"colocated": 0})
+        await until(lambda: [pool.pool for pool in rig.controller.pools()] == ["prefill", "decode", "router"])
 
 
 @pytest.mark.parametrize("desired", [{"router": 2}, {"gpu": 1}, {"decode": 1025}, {"prefill": 1, "decode": -1}])

@@ -210,3 +210,29 @@ def test_a_killed_supervisor_leaves_nothing_that_serves_and_up_recovers(cluster)
     assert processes.find(Path(state.scratch)) == []
     assert not Path(state.scratch).exists()
     assert cluster.read() is None
+
+
+def test_colocated_workers_serve_scale_and_are_replaced(cluster, model, monkeypatch):
+    """Another cluster, now that the first is gone."""
+    monkeypatch.setenv("DIPTYCH_CLUSTER", "colocated")
+    done = diptych(*UP, "--mode", "colocated", "--model", str(model))
+    assert done.returncode == 0, done.stderr
+    file = StateFile("colocated")
+    scratch = Path(file.read().scratch)
+    try:
+        assert [(pool["pool"], len(pool["workers"])) for pool in status()["pools"]] == [("colocated", 1), ("router", 1)]
+        expected = answer(file)
+        done = diptych("generate", "hello", "--max-tokens", "8", "--stats")
+        assert "colocated-1" in done.stderr
+        assert "handed over" in done.stderr
+        [worker] = [p for p in processes.find(scratch) if "WorkerActor" in "".join(p.cmdline())]
+        worker.kill()
+        until(lambda: workers("colocated") == ["colocated-2"] and status()["ready"])
+        assert answer(file) == expected
+        assert diptych("scale", "colocated=2", "--wait").returncode == 0
+        assert workers("colocated") == ["colocated-2", "colocated-3"]
+        assert diptych("scale", "colocated=1", "--wait").returncode == 0
+        assert answer(file) == expected
+    finally:
+        assert diptych("down").returncode == 0
+    assert processes.find(scratch) == []

@@ -95,6 +95,20 @@ def test_it_ends_at_its_length_and_frees_everything(role, puller):
     assert_empty(role)
 
 
+def test_each_token_has_its_own_log_probability(role, puller):
+    join(role, puller, max_tokens=4)
+    updates(role)
+    [sequence] = role.engine.scheduler.running
+    for token in (1011, 1012):
+        sequence.logprobs.append(common_pb2.TokenLogprobs(token_id=token))
+        role.step()
+    told = updates(role)
+    assert [[one.token_id for one in update.logprobs] for update in told] == [[1011], [1012]]
+    role.step()
+    assert not updates(role)[0].logprobs
+    assert_empty(role)
+
+
 def test_it_ends_at_an_end_id(role, puller):
     join(role, puller, end_ids=[1012])
     role.step()

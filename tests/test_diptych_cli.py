@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from cluster.config import load_config
 from cluster.controller import Controller
+from cluster.doctor import Path as MeasuredPath
 from cluster.fake_launcher import FakeLauncher
 from cluster.operator_service import SERVICE, OperatorService
 from cluster.reconcile import Policy
@@ -80,8 +81,9 @@ async def test_version(diptych):
 
 async def test_help_names_every_command_and_the_exit_codes(diptych):
     said = (await diptych("--help")).out
-    for word in ("up", "down", "status", "scale", "generate", "pull", "demo", "version", "130 interrupted"):
-        assert word in said
+    for word in "up down status scale doctor generate replay pull demo version".split():
+        assert f" {word} " in said
+    assert "130 interrupted" in said
 
 
 async def test_generate_streams_a_chat_answer(diptych, router, endpoint):
@@ -92,15 +94,52 @@ async def test_generate_streams_a_chat_answer(diptych, router, endpoint):
 
 
 async def test_generate_takes_every_option(diptych, router, endpoint):
-    options = "--max-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 7 --stop a --stop b --deadline 30".split()
+    options = (
+        "--max-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 7 --stop a --stop b --deadline 30 "
+        "--min-tokens 0 --min-p 0.5 --repetition-penalty 1.5 --frequency-penalty -0.5 --presence-penalty 0.25 "
+        "--logit-bias 3=-1.5 --logit-bias 4=2 --bad-word x --bad-word y --stop-token-id 8 --ignore-eos "
+        "--logprobs 0 --prompt-logprobs 2"
+    ).split()
     result = await diptych("generate", "--raw", "hi", "--endpoint", endpoint, *options)
     assert result.code == 0
     request = router.requests[0]
     assert request.text == "hi"
     assert request.sampling == common_pb2.SamplingParams(
-        max_tokens=5, temperature=0.5, top_k=3, top_p=0.9, seed=7, stop=["a", "b"]
+        max_tokens=5,
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        seed=7,
+        stop=["a", "b"],
+        min_tokens=0,
+        min_p=0.5,
+        repetition_penalty=1.5,
+        frequency_penalty=-0.5,
+        presence_penalty=0.25,
+        logit_bias={3: -1.5, 4: 2},
+        bad_words=["x", "y"],
+        stop_token_ids=[8],
+        ignore_eos=True,
+        logprobs=0,
+        prompt_logprobs=2,
     )
     assert 20 < router.deadlines[0] < 31
+
+
+async def test_log_probabilities_go_to_standard_error(diptych, endpoint):
+    result = await diptych("generate", "hi", "--logprobs", "2", "--prompt-logprobs", "2", "--endpoint", endpoint)
+    assert result.out == "one two\n"
+    assert [line.split() for line in result.err.splitlines()][1:] == [
+        [part, token, "-0.500", token, "-0.500", "9", "-1.500"]
+        for part, token in (("prompt", "7"), ("prompt", "8"), ("answer", "1"), ("answer", "2"), ("answer", "3"))
+    ]
+
+
+@pytest.mark.parametrize("bias", ["5", "5=", "a=1", "5=1=2"])
+async def test_a_bias_that_is_none_is_refused(diptych, endpoint, bias):
+    result = await diptych("generate", "hi", "--logit-bias", bias, "--endpoint", endpoint)
+    assert result.code == 2
+    assert "--logit-bias takes ID=BIAS" in result.err
 
 
 async def test_generate_reads_standard_input(diptych, router, endpoint):
@@ -188,6 +227,7 @@ async def test_generate_finds_the_router_of_the_named_cluster(diptych, endpoint)
         (["up", "--config", "nowhere.yaml"], 3, "nowhere.yaml"),
         (["up", "--ray-address", "10.0.0.1:6379"], 3, "--redis"),
         (["up", "--dtype", "int4"], 3, "engine.dtype"),
+        (["up", "--mode", "both"], 3, "mode"),
         (["pull", "no such model"], 2, "no such model"),
     ],
 )
@@ -195,6 +235,22 @@ async def test_what_is_wrong_is_named(diptych, arguments, code, named):
     result = await diptych(*arguments)
     assert result.code == code
     assert named in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [([], (1, 1, 0)), (["--mode", "colocated"], (0, 0, 1)), (["--mode", "colocated", "--colocated", "3"], (0, 0, 3))],
+)
+async def test_up_starts_the_pools_of_the_mode(diptych, monkeypatch, options, sizes):
+    asked = []
+
+    def bring_up(config, deadline_s, show):
+        asked.append((config.prefill, config.decode, config.colocated))
+        return ClusterState(name="diptych", phase="ready", router="h:1")
+
+    monkeypatch.setattr("cluster.local.bring_up", bring_up)
+    assert (await diptych("up", *options)).code == 0
+    assert asked == [sizes]
 
 
 async def test_an_unknown_key_in_the_file_is_named(diptych, tmp_path):
@@ -273,9 +329,27 @@ async def operated(monkeypatch) -> AsyncIterator[Operated]:
 async def test_status_shows_what_runs(diptych, operated):
     result = await diptych("status", "--operator", operated.server.address)
     assert result.code == 0
-    for word in ("ready", "tiny", "decode-2:", "2 desired", "router-1:50051", "redis://:***@h:1 answers"):
+    for word in ("ready", "tiny", "decode-2:", "2 desired", "router-1:50051", "redis://:***@h:1 answers", " cpu"):
         assert word in result.out
     assert "secret" not in result.out
+
+
+async def test_doctor_names_what_is_slow(diptych, operated, monkeypatch):
+    slow = {"decode-1": "", "decode-2": "shm: not this host"}
+
+    def measure(source: tuple[str, str], reader: tuple[str, str]) -> MeasuredPath:
+        assert (source[0], reader[1].partition(":")[0]) == ("prefill-1", reader[0])
+        return MeasuredPath(source[0], reader[0], "tcp", 2.5, 64.0, 1.25, slow=slow[reader[0]])
+
+    monkeypatch.setattr("cluster.doctor.measure", measure)
+    result = await diptych("doctor", "--operator", operated.server.address)
+    assert result.code == 3
+    for words in ("prefill-1 decode-1 tcp 2.50 64 1.25 ms ok", "slower than expected: shm: not this host"):
+        assert words in " ".join(result.out.split())
+    slow["decode-2"] = ""
+    result = await diptych("doctor", "--json", "--operator", operated.server.address)
+    assert result.code == 0
+    assert [path["reader"] for path in json.loads(result.out)] == ["decode-1", "decode-2"]
 
 
 async def test_status_as_json(diptych, operated):
@@ -304,6 +378,12 @@ async def test_scale_waits_for_those_who_leave(diptych, operated):
     assert operated.launcher.living("decode") == ["decode-1"]
 
 
+async def test_colocated_workers_can_be_added(diptych, operated):
+    address = operated.server.address
+    assert (await diptych("scale", "colocated=1", "--wait", "--operator", address)).out == "scaled to colocated=1\n"
+    assert "colocated 1 desired" in " ".join((await diptych("status", "--operator", address)).out.split())
+
+
 async def test_scale_of_an_unknown_pool_is_refused(diptych, operated):
     result = await diptych("scale", "gpu=1", "--operator", operated.server.address)
     assert result.code == 2
@@ -318,3 +398,33 @@ async def test_generate_asks_the_controller_where_up_did_not_come_to_its_end(dip
         await asyncio.sleep(0.05)
     StateFile("mine").write(ClusterState(name="mine", phase="workers", operator=operated.server.address))
     assert (await diptych("generate", "hi", "--name", "mine")).out == "one two\n"
+
+
+async def test_replay_prints_the_share_of_hits(diptych, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps({"hash_ids": blocks}) + "\n" for blocks in ([0, 1, 2], [0, 1, 3], [0, 1, 2])))
+    for pages, hits in ((0, 5), (3, 4)):
+        said = await diptych("replay", str(trace), "--pages", str(pages), "--policy", "lru", "--json")
+        result = json.loads(said.out)
+        assert (result["requests"], result["blocks"], result["hits"]) == (3, 9, hits)
+        assert result["hit_rate"] == hits / 9
+    said = await diptych("replay", str(trace), "--pages", "100")
+    assert "hit rate  0.5556" in said.out
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "named"),
+    [
+        (None, ["--pages", "10"], "no file"),
+        ('{"hash_ids": [1]}\nx\n', ["--pages", "10"], "after line 2"),
+        ('{"hash_ids": [1]}\n', ["--pages", "-1"], "--pages"),
+        ('{"hash_ids": [1]}\n', ["--pages", "1", "--policy", "fifo"], "fifo"),
+    ],
+)
+async def test_a_trace_that_cannot_be_replayed_is_named(diptych, tmp_path, content, arguments, named):
+    trace = tmp_path / "trace.jsonl"
+    if content is not None:
+        trace.write_text(content)
+    result = await diptych("replay", str(trace), *arguments)
+    assert result.code == 2
+    assert named in result.err

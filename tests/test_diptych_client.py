@@ -53,6 +53,16 @@ async def test_complete_joins_the_chunks(client):
     assert answer.usage.prompt_tokens == 5
 
 
+async def test_log_probabilities_come_with_their_tokens(client, router):
+    assert (await client.complete("hi")).logprobs == ()
+    answer = await client.complete("hi", logprobs=2, prompt_logprobs=2)
+    assert [one.token_id for one in answer.logprobs] == list(answer.token_ids)
+    assert [one.token_id for one in answer.prompt_logprobs] == [7, 8]
+    first = await anext(client.generate("hi", logprobs=2, prompt_logprobs=2))
+    assert [one.token_id for one in first.logprobs] == [1, 2]
+    assert (list(first.logprobs[0].top_ids), list(first.logprobs[0].top_logprobs)) == ([1, 9], [-0.5, -1.5])
+
+
 async def test_all_options_reach_the_router(client, router):
     await client.complete(
         token_ids=[4, 5],
@@ -67,6 +77,16 @@ async def test_all_options_reach_the_router(client, router):
         stop=["x", "y"],
         stop_token_ids=[1],
         ignore_eos=True,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        frequency_penalty=-0.5,
+        presence_penalty=0.5,
+        logit_bias={3: -1.5},
+        bad_words=["z"],
+        bad_tokens=[[1, 2], [3]],
+        min_tokens=2,
+        logprobs=0,
+        prompt_logprobs=4,
     )
     request = router.requests[0]
     assert (list(request.tokens.ids), request.model, request.request_id) == ([4, 5], "m", "mine")
@@ -79,6 +99,16 @@ async def test_all_options_reach_the_router(client, router):
         stop=["x", "y"],
         stop_token_ids=[1],
         ignore_eos=True,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        frequency_penalty=-0.5,
+        presence_penalty=0.5,
+        logit_bias={3: -1.5},
+        bad_words=["z"],
+        bad_tokens=[common_pb2.TokenSequence(ids=[1, 2]), common_pb2.TokenSequence(ids=[3])],
+        min_tokens=2,
+        logprobs=0,
+        prompt_logprobs=4,
     )
     assert 40 < router.deadlines[0] < 51
 
@@ -105,6 +135,11 @@ async def test_what_is_left_out_is_left_to_the_router(client, router):
         ({"text": "a", "max_token": 1}, "sampling"),
         ({"text": "a", "temperature": "hot"}, "sampling"),
         ({"text": "a", "seed": -1}, "sampling"),
+        ({"text": "a", "logit_bias": {-1: 1.0}}, "sampling"),
+        ({"text": "a", "logit_bias": {1: "a"}}, "sampling"),
+        ({"text": "a", "bad_tokens": [1, 2]}, "sampling"),
+        ({"text": "a", "bad_tokens": 1}, "sampling"),
+        ({"text": "a", "bad_words": [1]}, "sampling"),
     ],
 )
 async def test_what_cannot_be_sent_names_its_field(client, router, options, field):

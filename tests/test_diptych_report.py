@@ -63,6 +63,18 @@ def test_the_table_has_a_column_for_each_answer(clock):
     assert "between tokens, median - -" in text
 
 
+def test_where_one_worker_did_both_nothing_is_said_of_a_hand_over(clock):
+    stats = inference_pb2.RequestStats(
+        prompt_pages=5, prefill_prefix_pages=2, prefill_worker="colocated-1", decode_worker="colocated-1"
+    )
+    last = chunk(1, usage=inference_pb2.Usage(prompt_tokens=11, completion_tokens=1), stats=stats)
+    out = io.StringIO()
+    Console(file=out, width=120).print(report([("", last, Timeline())]))
+    lines = [re.sub("  +", ": ", line.strip()) for line in out.getvalue().splitlines()]
+    assert {"decode joined: -", "pages handed over: -", "pulls took: -", "at prefill, at decode: -"} <= set(lines)
+    assert {"prefix pages hit: 2 of 5", "workers: colocated-1"} <= set(lines)
+
+
 def test_a_chunk_without_stats_is_refused():
     with pytest.raises(ValueError, match="last chunk"):
         report([("", chunk(1), Timeline())])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from engine.fingerprint import model_fingerprint, weight_files
+from engine.fingerprint import model_fingerprint, random_fingerprint, weight_files
 from protos.errors import ModelUnusable
 from tiny_model import make_tiny_model
 
@@ -33,11 +33,24 @@ def test_a_change_of_one_weight_of_a_small_model_shows(tmp_path):
     assert model_fingerprint(tmp_path) != before
 
 
+def test_random_weights_are_named_by_config_and_seed(tmp_path):
+    path = make_tiny_model(tmp_path / "a")
+    (path / "model.safetensors").unlink()
+    shutil.copytree(path, tmp_path / "b")
+    assert random_fingerprint(path, 0) == random_fingerprint(tmp_path / "b", 0)
+    assert random_fingerprint(path, 7).startswith("random-7-")
+    others = [random_fingerprint(path, 1), random_fingerprint(make_tiny_model(tmp_path / "c", ffn=96), 0)]
+    assert len({random_fingerprint(path, 0), *others}) == 3
+    (path / "config.json").unlink()
+    with pytest.raises(ModelUnusable, match=r"cannot be read .*: give a model's directory"):
+        random_fingerprint(path, 0)
+
+
 def test_it_needs_no_torch(tmp_path):
     path = make_tiny_model(tmp_path)
     code = (
         "import sys, pathlib; from engine import hub, tokenizer, model_config, detokenizer, stop_strings; "
-        "from engine import sampling_params, fingerprint; "
+        "from engine import sampling_params, fingerprint, byte_tokenizer; "
         f"print(fingerprint.model_fingerprint(pathlib.Path({str(path)!r}))); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

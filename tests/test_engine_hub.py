@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -14,7 +15,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from engine import gguf_convert, hub
+from engine.fingerprint import random_fingerprint
 from engine.model_config import ModelConfig
+from engine.tokenizer import Tokenizer
 from protos.errors import FixTheSetup, ModelUnusable, UnknownModel
 from tiny_gguf import make_tiny_gguf
 from tiny_model import make_tiny_model
@@ -214,6 +217,59 @@ def test_unknown_names(name):
         UnknownModel, match=r"give smollm2-135m-instruct, a directory, a .gguf file or a Hugging Face id"
     ):
         hub.resolve(name, quiet)
+
+
+@pytest.mark.parametrize("by", ["directory", "file", "named file"])
+def test_a_config_alone_is_enough_for_random_weights(tmp_path, cache, by):
+    source = tmp_path / "shape-8b"
+    make_tiny_model(source)
+    for file in source.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    model = {"directory": source, "file": source / "config.json", "named file": tmp_path / "shape-8b.json"}[by]
+    shutil.copyfile(source / "config.json", tmp_path / "shape-8b.json")
+    resolved = hub.resolve(str(model), quiet, "random")
+    assert resolved.model_id == "shape-8b"
+    assert (resolved.path / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert resolved == hub.resolve(str(model), quiet, "random")
+    assert random_fingerprint(resolved.path, 0) == random_fingerprint(source, 0)
+    tokenizer = Tokenizer.from_dir(resolved.path)
+    text = " Grüße, 'world'\n\n 🙂\x00"
+    assert len(tokenizer.encode(text)) == len(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.token_bytes(300) == b""
+    assert tokenizer.decode(tokenizer.apply_chat([{"role": "user", "content": "Hello"}])) == "user: Hello\n"
+    assert not left_behind(cache)
+
+
+def test_random_weights_of_a_directory_with_a_tokenizer(tmp_path, cache):
+    path = make_tiny_model(tmp_path / "m")
+    (path / "model.safetensors").unlink()
+    assert hub.resolve(str(path), quiet, "random") == hub.ResolvedModel(path, "m")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("vocab", [255, None, "many"])
+def test_a_config_that_has_no_room_for_bytes(tmp_path, vocab):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab}))
+    with pytest.raises(ModelUnusable, match=r"config.json: vocab_size is .*: put a tokenizer.json beside it"):
+        hub.resolve(str(tmp_path), quiet, "random")
+
+
+def test_no_such_config(tmp_path):
+    with pytest.raises(ModelUnusable, match=r"nowhere.json is missing"):
+        hub.resolve(str(tmp_path / "nowhere.json"), quiet, "random")
+
+
+def test_a_hub_id_for_random_weights_fetches_none(tmp_path, monkeypatch):
+    path = make_tiny_model(tmp_path / "snapshot")
+
+    def snapshot_download(model, allow_patterns):
+        assert allow_patterns == ["*.json", "*.jinja"]
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.resolve("owner/model", quiet, "random") == hub.ResolvedModel(path, "owner/model")
 
 
 def test_a_hub_id(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import loader
-from engine.fingerprint import model_fingerprint
+from engine.fingerprint import model_fingerprint, random_fingerprint
 from engine.loader import load_model
 from engine.model_config import ModelConfig
 from protos.errors import FixTheSetup, ModelUnusable
@@ -26,6 +26,23 @@ def test_auto_takes_what_is_fast_here(tmp_path, monkeypatch, fast, dtype):
     assert load_model(path, "auto", "cpu").model.dtype in (torch.bfloat16, torch.float32)
     monkeypatch.setattr(loader, "has_float16_tiles", lambda: fast)
     assert load_model(path, "auto", "cpu").model.dtype == dtype
+
+
+def test_random_weights_need_nothing_but_a_config(tmp_path):
+    path = make_tiny_model(tmp_path)
+    for file in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+        (path / file).unlink()
+    one, same, other = (load_model(path, "float32", "cpu", load="random", seed=seed) for seed in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint == random_fingerprint(path, 0)
+    assert other.fingerprint != one.fingerprint
+    embeddings = [loaded.model._weights.embedding for loaded in (one, same, other)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[0], embeddings[2])
+
+
+def test_no_such_way_to_load(tmp_path):
+    with pytest.raises(FixTheSetup, match="no way to load 'dummy': give auto or random"):
+        load_model(make_tiny_model(tmp_path), "float32", "cpu", load="dummy")
 
 
 @pytest.mark.parametrize(

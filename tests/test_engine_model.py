@@ -10,6 +10,7 @@ from engine.batch import ForwardBatch
 from engine.loader import load_model
 from engine.tokenizer import Tokenizer
 from kernels.attention import AttentionPlan
+from paged_sequences import Pages, assert_close
 from tiny_model import make_tiny_model
 
 TEXT = (
@@ -30,64 +31,6 @@ TEXT = (
 )
 
 
-class Pages:
-    """A paged cache, and sequences whose pages are scattered over it at random."""
-
-    def __init__(self, model, page_size, pages=64, seed=0):
-        config = model.config
-        self.model = model
-        self.page_size = page_size
-        shape = (pages, config.layers, 2, config.kv_heads, page_size, config.head_dim)
-        self.cache = torch.full(shape, float("nan"), dtype=model.cache_dtype)  # reading what was not written shows
-        self.free = list(range(pages))
-        random.Random(seed).shuffle(self.free)
-        self.tables = {}
-        self.lengths = {}
-
-    def step(self, work):
-        """`work` is [(name, token ids)], single tokens first. Returns [logits of each token] of each sequence."""
-        tokens, positions, slots, starts, contexts, tables = [], [], [], [0], [], []
-        for name, ids in work:
-            table, done = self.tables.setdefault(name, []), self.lengths.get(name, 0)
-            while len(table) * self.page_size < done + len(ids):
-                table.append(self.free.pop())
-            span = range(done, done + len(ids))
-            tokens += ids
-            positions += span
-            slots += [table[p // self.page_size] * self.page_size + p % self.page_size for p in span]
-            starts.append(len(tokens))
-            contexts.append(done + len(ids))
-            tables.append(table)
-            self.lengths[name] = done + len(ids)
-        widest = max(map(len, tables))
-        plan = AttentionPlan(
-            page_table=torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor(contexts, dtype=torch.int32),
-            num_decodes=sum(len(ids) == 1 for _, ids in work),
-            page_size=self.page_size,
-        )
-        every = torch.arange(len(tokens))
-        batch = ForwardBatch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(slots), every, plan)
-        logits = self.model.forward(batch, self.cache)
-        assert logits.dtype == torch.float32
-        return list(logits.split([len(ids) for _, ids in work]))
-
-    def run(self, sequences, chunks, seed=0):
-        """Feed whole sequences side by side, each in pieces of random length from `chunks`. [logits of each]."""
-        rng = random.Random(seed)
-        left = dict(enumerate(sequences))
-        out = {name: [] for name in left}
-        while left:
-            pieces = [(name, ids[: rng.choice(chunks)]) for name, ids in left.items()]
-            pieces.sort(key=lambda piece: len(piece[1]) > 1)
-            for (name, ids), logits in zip(pieces, self.step(pieces), strict=True):
-                out[name].append(logits)
-                left[name] = left[name][len(ids) :]
-            left = {name: ids for name, ids in left.items() if ids}
-        return [torch.cat(parts) for parts in out.values()]
-
-
 @pytest.fixture(scope="module")
 def smollm(demo_model):
     return load_model(demo_model.path, "float32", "cpu").model
@@ -101,12 +44,6 @@ def text_ids(demo_model):
 @pytest.fixture(scope="module")
 def text_logits(demo_model, text_ids):
     return oracle.logits(demo_model.path, text_ids)
-
-
-def assert_close(ours, theirs, bound):
-    """`bound` on the largest difference: float32 sums in another order, on logits of up to about 40."""
-    difference = (ours - theirs).abs().max().item()
-    assert difference < bound, difference
 
 
 def test_smollm_logits_in_one_chunk(smollm, text_ids, text_logits):
@@ -150,41 +87,6 @@ def test_smollm_in_bfloat16(demo_model, text_ids, text_logits):
     [logits] = Pages(model, 64).run([text_ids], [100])
     theirs = oracle.perplexity(text_logits, text_ids)
     assert oracle.perplexity(logits, text_ids) == pytest.approx(theirs, rel=0.005)
-
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tied": False},
-        {"tied": True},
-        {"heads": 8, "kv_heads": 1},
-        {"heads": 4, "kv_heads": 4, "layers": 3},
-        {"heads": 6, "kv_heads": 3, "hidden": 96, "head_dim": 32, "ffn": 160},
-        {"architecture": "mistral", "sliding_window": None},
-        {"architecture": "qwen2"},
-        {"architecture": "qwen3", "tied": True},
-        {"rope_scaling": LLAMA3_ROPE},
-        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0}},
-    ],
-    ids=str,
-)
-def test_small_models(tmp_path, options):
-    path = make_tiny_model(tmp_path, **options)
-    model = load_model(path, "float32", "cpu").model
-    rng = random.Random(1)
-    sequences = [[rng.randrange(300) for _ in range(length)] for length in (200, 33, 16, 1)]
-    for chunks in ([1, 7, 32], [200]):
-        for ours, ids in zip(Pages(model, 16).run(sequences, chunks), sequences, strict=True):
-            assert_close(ours, oracle.logits(path, ids), 2e-4)
 
 
 def test_every_chunk_size_and_page_size_gives_the_same(tmp_path):

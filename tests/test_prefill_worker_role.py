@@ -34,6 +34,24 @@ def test_pages_are_named_as_chunks_are_sealed_and_the_first_token_comes_with_the
         assert ref.generation == role.pool.generation(ref.page)
 
 
+def test_log_probabilities_are_told_as_they_are_found(role):
+    """Those of the prompt chunk by chunk, in updates of bounded size; that of the first token with it."""
+    role.handle("r", request("prefill", "a", range(10)))
+    [sequence] = role.engine.scheduler.waiting
+    sequence.prompt_logprobs += [common_pb2.TokenLogprobs(token_id=token) for token in range(5000)]
+    first, second, pages = run(role)
+    assert [one.token_id for one in (*first.prompt_logprobs, *second.prompt_logprobs)] == list(range(5000))
+    assert len(first.prompt_logprobs) == 4096
+    assert [ref.index for ref in pages.sealed] == [0, 1]
+    sequence.prompt_logprobs.append(common_pb2.TokenLogprobs(token_id=7))
+    sequence.logprobs.append(common_pb2.TokenLogprobs(token_id=1010))
+    last, token = run(role)
+    assert [one.token_id for one in last.prompt_logprobs] == [7]
+    assert [one.token_id for one in token.logprobs] == list(token.token_ids) == [1010]
+    role.handle("r", release("a"))
+    assert_empty(role)
+
+
 def test_pages_stay_pinned_until_release(role):
     role.handle("r", request("prefill", "a", range(10)))
     run(role, 2)

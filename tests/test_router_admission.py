@@ -64,6 +64,29 @@ BAD = {
     "a million stop ids": (request(stop_token_ids=[5] * 1_000_000), "sampling"),
     "a million messages": (request([("user", "")] * 1_000_000), "chat"),
     "a stop id out of range": (request(stop_token_ids=[100_000]), "stop_token_ids"),
+    "min_p above 1": (request(min_p=1.5), "min_p"),
+    "repetition penalty 0": (request(repetition_penalty=0.0), "repetition_penalty"),
+    "frequency penalty NaN": (request(frequency_penalty=math.nan), "frequency_penalty"),
+    "presence penalty of 3": (request(presence_penalty=3.0), "presence_penalty"),
+    "a bias out of bounds": (request(logit_bias={5: 101.0}), "logit_bias"),
+    "a bias for an id out of range": (request(logit_bias={100_000: 1.0}), "logit_bias"),
+    "a bias for too many ids": (request(logit_bias=dict.fromkeys(range(1025), 1.0)), "logit_bias"),
+    "an empty bad word": (request(bad_words=[""]), "bad_words"),
+    "a bad word of too many tokens": (request(bad_words=["ü" * 20]), "bad_words"),
+    "an empty run of bad tokens": (request(bad_tokens=[common_pb2.TokenSequence()]), "bad_tokens"),
+    "a bad token out of range": (request(bad_tokens=[common_pb2.TokenSequence(ids=[5, 100_000])]), "bad_tokens"),
+    "min_tokens above max_tokens": (request(min_tokens=9, max_tokens=8), "min_tokens"),
+    "min_tokens above what is left": (request([5] * (CONTEXT - 8), min_tokens=9), "min_tokens"),
+    "21 log-probabilities": (request(logprobs=21), "logprobs"),
+    "-1 log-probabilities of the prompt": (request(prompt_logprobs=-1), "prompt_logprobs"),
+    "every token forbidden": (
+        request(
+            bad_tokens=[common_pb2.TokenSequence(ids=[token]) for token in range(250)],
+            stop_token_ids=range(250, 312),
+            min_tokens=1,
+        ),
+        "bad_tokens",
+    ),
 }
 
 
@@ -113,6 +136,17 @@ async def test_long_text_and_chat_are_tokenized_alike(admission, model):
 async def test_end_ids_are_the_models_and_the_requests(admission):
     assert (await admission.admit(request(stop_token_ids=[9]), "r")).end_ids == {EOS_ID, 9}
     assert (await admission.admit(request(stop_token_ids=[9], ignore_eos=True), "r")).end_ids == {9}
+
+
+async def test_bad_words_become_runs_of_ids(admission, model):
+    admitted = await admission.admit(request(bad_words=["the"], bad_tokens=[common_pb2.TokenSequence(ids=[9])]), "r")
+    assert admitted.sampling.bad_words == ()
+    assert admitted.sampling.bad_tokens == ((9,), *(tuple(model.tokenizer.encode_part(t)) for t in ("the", " the")))
+
+
+async def test_the_default_of_max_tokens_makes_room_for_min_tokens(admission):
+    admitted = await admission.admit(request([5] * (CONTEXT - 8), min_tokens=8), "r")
+    assert (admitted.sampling.min_tokens, admitted.sampling.max_tokens) == (8, 8)
 
 
 async def test_a_seed_is_kept_or_drawn(admission):

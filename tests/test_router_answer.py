@@ -65,6 +65,17 @@ class TestHoweverTokensAreGrouped:
         ids = tokenizer.encode("a🙂")[:3]
         assert feed(answer(tokenizer, max_tokens=3), ids, step) == (ids, "a\ufffd", LENGTH)
 
+    @pytest.mark.parametrize(("least", "taken", "text"), [(0, 4, "ab"), (3, 4, "abX"), (4, 8, "abXYcd"), (9, 9, None)])
+    def test_the_first_tokens_are_not_searched_for_stop_strings(self, tokenizer, step, least, taken, text):
+        ids = [*tokenizer.encode("abXYcdXY"), END]
+        growing = answer(tokenizer, stop=("XY", "Y"), min_tokens=least)
+        assert feed(growing, ids, step) == (ids[:taken], "abXYcdXY" if text is None else text, STOP)
+
+    def test_nor_are_those_of_an_answer_that_has_no_others(self, tokenizer, step):
+        ids = tokenizer.encode("abXY")
+        growing = answer(tokenizer, stop=("XY",), min_tokens=4, max_tokens=4)
+        assert feed(growing, ids, step) == (ids, "abXY", LENGTH)
+
 
 def test_the_worker_may_end_it(tokenizer):
     growing = answer(tokenizer, stop=("XY",))

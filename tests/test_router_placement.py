@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from router.placement import HIDDEN_SHARE, STEP_BASE_SEQUENCES, TYPICAL_ANSWER, Candidate, Job, choose, predict
+from router.placement import (
+    HIDDEN_SHARE,
+    STEP_BASE_SEQUENCES,
+    TYPICAL_ANSWER,
+    Candidate,
+    Job,
+    choose,
+    predict,
+    predict_colocated,
+)
 
 NOW = 100.0
 JOB = Job(prompt_tokens=1000, max_tokens=50, page_size=64, page_bytes=1_000_000)
@@ -162,3 +171,20 @@ def test_a_large_fleet_is_placed_among_its_best():
     prefills = [named(f"p{i}", queued_tokens=1000 - i) for i in range(200)]
     decodes = [named(f"d{i}", waiting=200 - i) for i in range(200)]
     assert chosen(prefills, decodes) == ("p199", "d199")
+
+
+def test_a_colocated_worker_is_weighed_by_the_same_terms_without_a_hand_over():
+    busy = replace(IDLE, queued_tokens=300, running=8)
+    alone, pair = predict_colocated(busy, JOB, NOW), cost(busy, busy)
+    assert alone == replace(pair, hand_over_ms=0.0)
+    assert pair.hand_over_ms > 0
+
+
+def test_the_cheaper_of_pair_and_colocated_worker_is_chosen():
+    idle, busy = named("idle"), named("busy", queued_tokens=900)
+    small = named("small", max_tokens=1049)  # one token too few
+    for colocated, expected in ((idle, ("idle", "idle")), (busy, ("a", "a")), (small, ("a", "a"))):
+        placement = choose([IDLE], [IDLE], JOB, NOW, [colocated])
+        assert (placement.prefill.worker_id, placement.decode.worker_id) == expected
+    assert choose([], [IDLE], JOB, NOW, [busy]).prefill == busy
+    assert choose([], [], JOB, NOW, [small]) is None

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -80,6 +81,16 @@ async def test_the_holder_of_the_prefix_is_chosen_in_both_pools(rig, placer, mod
     assert (pair.prefill.record.worker_id, pair.decode.record.worker_id) == ("prefill-1", "decode-1")
     assert pair.keys == keys
     assert pair.compute_tokens == 100 - 4 * 16
+
+
+async def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_in_full(rig, placer, model):
+    root = ServedModel.load("tiny", model).root_key("secret", ("weights", FORMAT))
+    keys = page_keys(root, PROMPT, 16)
+    for worker in (rig.prefills[1], rig.decodes[1]):
+        rig.directory.publish(worker.record.holder, keys[0], keys[:4])
+    pair = await place(placer, replace(admitted(), sampling=SamplingParams(prompt_logprobs=0)))
+    assert pair.compute_tokens == 100
+    assert pair.decode.record.worker_id == "decode-1"  # what it holds need not be sent
 
 
 async def test_keys_depend_on_the_tenants_secret(rig, placer, model):

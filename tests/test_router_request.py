@@ -10,6 +10,7 @@ from engine.tokenizer import Tokenizer
 from fake_worker import FORMAT, LENGTH, PAGE_SIZE, STOP, echo, never, page_refs, serve_decode, serve_prefill
 from kvstore.keys import pack_keys, page_keys, unpack_tokens
 from protos import errors
+from protos.v1 import common_pb2, worker_pb2
 from router.served_model import ServedModel
 from router_rig import Rig, fails, messages, read, until
 from tiny_model import EOS_ID, make_tiny_model
@@ -39,6 +40,10 @@ async def big_rig(model):
     """Four prefill workers and two decode workers."""
     async with Rig(model, 4, 2) as rig:
         yield rig
+
+
+def scores(tokens):
+    return [common_pb2.TokenLogprobs(token_id=token) for token in tokens]
 
 
 def spell(tokenizer: Tokenizer, text: str):
@@ -78,6 +83,36 @@ async def test_both_workers_are_told_all_of_it_at_once(rig, model):
     assert decode.source.worker_id == "prefill-0"
     assert decode.source.incarnation == rig.prefill.record.incarnation
     assert [endpoint.transport for endpoint in decode.source.endpoints] == ["shm"]
+
+
+async def test_log_probabilities_reach_the_client_with_their_tokens(rig):
+    """Also those of a prompt whose first attempt failed half way: each once."""
+    answer = echo(PROMPT)
+
+    async def prefill(worker, message):
+        first = scores(PROMPT[1:20])
+        await worker.say(message.request_id, sealed=page_refs(message)[:1], prompt_logprobs=first)
+        if len(worker.said("prefill")) == 1:
+            await worker.refuse(message.request_id, errors.StalePage("once"))
+            return
+        await worker.say(message.request_id, prompt_logprobs=scores(PROMPT[20:]))
+        pages, report = page_refs(message)[1:], worker_pb2.PrefillReport()
+        await worker.say(
+            message.request_id, sealed=pages, token_ids=answer[:1], logprobs=scores(answer[:1]), prefill=report
+        )
+
+    async def decode(worker, message):
+        await worker.say(message.request_id, hand_over=worker_pb2.HandOverReport())
+        for token in answer[1:6]:
+            await worker.say(message.request_id, token_ids=[token], logprobs=scores([token]))
+
+    rig.prefill.script, rig.decode.script = prefill, decode
+    found = [message async for message in messages(rig.generate(PROMPT, max_tokens=4, logprobs=0, prompt_logprobs=0))]
+    assert [one.token_id for message in found for one in message.prompt_logprobs] == PROMPT[1:]
+    for message in found:
+        assert [one.token_id for one in message.logprobs] == list(message.token_ids)
+    assert [token for message in found for token in message.token_ids] == answer[:4]
+    assert found[-1].stats.prefill_attempts == 2
 
 
 async def test_pages_are_named_to_decode_in_order_before_start(rig):

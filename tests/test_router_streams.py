@@ -6,7 +6,7 @@ import pytest
 
 from protos import errors
 from protos.v1 import common_pb2, inference_pb2
-from router.streams import Summary, TokenStream
+from router.streams import PROMPT_TOKENS, Summary, TokenStream
 
 SUMMARY = Summary(
     common_pb2.FINISH_REASON_LENGTH,
@@ -71,6 +71,37 @@ async def test_the_first_end_counts():
     stream.finish(SUMMARY)
     stream.fail(errors.WorkerLost("too late"))
     assert len(await collect(stream)) == 1
+
+
+def scores(first, count):
+    return [common_pb2.TokenLogprobs(token_id=token) for token in range(first, first + count)]
+
+
+async def test_log_probabilities_go_with_their_tokens():
+    stream = TokenStream("r")
+    stream.push_prompt(scores(50, 2))
+    stream.push([1], "", scores(1, 1))
+    stream.push([2, 3], "bc", scores(2, 2))
+    messages = stream.messages()
+    first = await anext(messages)
+    assert list(first.token_ids) == [1, 2, 3] == [one.token_id for one in first.logprobs]
+    assert [one.token_id for one in first.prompt_logprobs] == [50, 51]
+    stream.push([4], "d", scores(4, 1))
+    second = await anext(messages)
+    assert [one.token_id for one in second.logprobs] == [4]
+    assert not second.prompt_logprobs
+
+
+async def test_those_of_a_long_prompt_take_several_messages_before_the_first_token():
+    stream = TokenStream("r")
+    stream.push_prompt(scores(0, 2 * PROMPT_TOKENS + 5))
+    stream.push([1], "a", scores(1, 1))
+    stream.finish(SUMMARY)
+    messages = [message async for message in stream.messages()]
+    assert [len(m.prompt_logprobs) for m in messages] == [PROMPT_TOKENS, PROMPT_TOKENS, 5]
+    assert [one.token_id for m in messages for one in m.prompt_logprobs] == list(range(2 * PROMPT_TOKENS + 5))
+    assert [list(m.token_ids) for m in messages] == [[], [], [1]]
+    assert messages[-1].finish_reason
 
 
 async def test_tokens_without_text_are_sent_and_nothing_is_not():

@@ -54,6 +54,16 @@ BAD = {
     "negative top_k": ({"text": "hi", "top_k": -1}, "top_k"),
     "max_tokens of 0": ({"text": "hi", "max_tokens": 0}, "max_tokens"),
     "an empty stop string": ({"text": "hi", "stop": [""]}, "stop"),
+    "min_p above 1": ({"text": "hi", "min_p": 1.5}, "min_p"),
+    "repetition penalty of 0": ({"text": "hi", "repetition_penalty": 0.0}, "repetition_penalty"),
+    "frequency penalty of 3": ({"text": "hi", "frequency_penalty": 3.0}, "frequency_penalty"),
+    "presence penalty NaN": ({"text": "hi", "presence_penalty": float("nan")}, "presence_penalty"),
+    "a bias for no token": ({"text": "hi", "logit_bias": {10**6: 1.0}}, "logit_bias"),
+    "an empty bad word": ({"text": "hi", "bad_words": ["x", ""]}, "bad_words"),
+    "a bad token out of range": ({"text": "hi", "bad_tokens": [[3, 10**6]]}, "bad_tokens"),
+    "min_tokens above max_tokens": ({"text": "hi", "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+    "21 log-probabilities": ({"text": "hi", "logprobs": 21}, "logprobs"),
+    "-1 log-probabilities of the prompt": ({"text": "hi", "prompt_logprobs": -1}, "prompt_logprobs"),
 }
 
 

@@ -1,7 +1,9 @@
 """The thread that owns a role: messages in, updates out, nothing lost when a step fails or a router changes."""
 
 import asyncio
+import threading
 
+import pytest
 import pytest_asyncio
 
 from prefill_worker.role import PrefillRole
@@ -55,6 +57,25 @@ async def test_a_message_that_breaks_its_handler_does_not_end_the_thread(kit):
     loop.handle("r", request("prefill", "a", range(10)))
     assert await until_token(outbox) == 1010
     loop.handle("r", release("a"))
+
+
+async def test_a_question_is_answered_in_the_loops_thread(kit):
+    loop, role, _ = kit
+    asked = await asyncio.wrap_future(loop.ask(lambda it: (it, threading.current_thread().name)))
+    assert asked == (role, "worker-loop")
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wrap_future(loop.ask(lambda it: 1 // 0))
+
+
+async def test_a_question_that_nobody_waits_for_is_not_asked(kit):
+    loop, _, _ = kit
+    go_on, asked = threading.Event(), []
+    loop.post(lambda: go_on.wait(5))
+    question = loop.ask(lambda it: asked.append(it))
+    assert question.cancel()
+    go_on.set()
+    await asyncio.wrap_future(loop.ask(lambda it: None))
+    assert not asked
 
 
 async def test_a_failed_expiry_does_not_end_the_thread(kit, monkeypatch):

@@ -1,1 +1,1 @@
-"""What the workers of both pools share around the engine: service, loop, registration."""
+"""What the workers of all pools share around the engine: service, loop, registration."""

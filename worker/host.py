@@ -1,35 +1,46 @@
 """A worker from start to stop: model, pool, engine, transports, service, registration."""
 
 import asyncio
+import logging
+import os
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import grpc.aio
 import torch
+from torch import Tensor
 
 from engine.config import WorkerConfig
-from engine.engine import Engine
+from engine.device_runner import DeviceRunner
+from engine.engine import Engine, Runner
 from engine.loader import LoadedModel, load_model
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from kvstore.announcer import Announcer
+from kvstore.cuda import Event
+from kvstore.device_segment import DeviceSegment
 from kvstore.directory import WorkerRecord
 from kvstore.keys import root_key
 from kvstore.page_format import PageFormat
 from kvstore.pool import PagePool
 from kvstore.redis_directory import RedisDirectoryWriter
+from kvstore.reuse_rate import ReuseRate
 from kvstore.segment import Segment
 from kvstore.transports import registry
 from protos.errors import DeadlineExceeded, DiptychError
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc.server import RpcServer, start_server
 from worker.loop import WorkerLoop
+from worker.pool_size import pool_pages
 from worker.role import Role, is_idle
 from worker.service import WorkerService
+
+log = logging.getLogger(__name__)
 
 # Routers poll the directory twice a second, so by then none of them sends anything new to a draining worker.
 _DRAIN_SETTLES_S = 2.0
@@ -49,16 +60,18 @@ class WorkerHost(ABC):
         self.address = ""
         self._loaded = loaded
         self._drained_at: float | None = None
+        # An event behind everything that the engine has launched; None where a step is over when it was launched.
+        self.launched: Callable[[], Event | None] = lambda: None
         engine_config, model = config.engine, loaded.config
         dtype = loaded.model.cache_dtype
         self._format = PageFormat(
             model.layers, model.kv_heads, engine_config.page_size, model.head_dim, str(dtype).removeprefix("torch.")
         )
-        self.segment = Segment.create(self._format, engine_config.num_pages, self.incarnation)
+        self.segment, cache = self._make_pool()
         self._writer = RedisDirectoryWriter(config.redis_url, config.cluster)
         self._announcer = Announcer(self._writer, self._record)
-        pool = PagePool(engine_config.num_pages, self.segment.generations, self._announcer.evicted)
-        cache = torch.from_numpy(self.segment.pages).view(dtype).view(-1, *self._format.shape)
+        pages = self.segment.num_pages
+        pool = PagePool(pages, self.segment.generations, self._announcer.evicted, ReuseRate(pages))
         root = root_key(
             tenant_secret=config.tenant_secret,
             fingerprint=loaded.fingerprint,
@@ -67,20 +80,42 @@ class WorkerHost(ABC):
             tokenizer=Tokenizer.from_dir(Path(config.model)).fingerprint,
         )
         scheduler = Scheduler(pool, engine_config, root, self._announcer.sealed)
-        engine = Engine(scheduler, ModelRunner(loaded.model, cache, engine_config))
+        engine = Engine(scheduler, self._make_runner(cache))
         self._page_servers = registry.serve(config.transports, self.segment, config.host)
         self._loop = WorkerLoop(self.make_role(engine))
         self._server: RpcServer | None = None
+
+    def _make_pool(self) -> tuple[Segment | DeviceSegment, Tensor]:
+        """The worker's pages where its model computes, and the same as [pages, layers, 2, kv_heads, page_size, d]."""
+        model = self._loaded.model
+        num_pages = pool_pages(self.config.engine, model, self._format.page_bytes)
+        segment_class = DeviceSegment if model.device.type == "cuda" else Segment
+        segment = segment_class.create(self._format, num_pages, self.incarnation)
+        cache = torch.as_tensor(segment.pages, device=model.device)  # shares their memory
+        return segment, cache.view(model.cache_dtype).view(-1, *self._format.shape)
+
+    def _make_runner(self, cache: Tensor) -> Runner:
+        if not cache.is_cuda:
+            return ModelRunner(self._loaded.model, cache, self.config.engine)
+        runner = DeviceRunner(self._loaded.model, cache, self.config.engine)
+        self.launched = runner.last_event
+        return runner
 
     @abstractmethod
     def make_role(self, engine: Engine) -> Role:
         """The pool's own behaviour."""
 
     @classmethod
-    async def start(cls, config: WorkerConfig) -> Self:
-        """Load, listen, register. Raises `ModelUnusable`, `PortTaken` or `MetadataUnavailable`."""
+    async def start(cls, config: WorkerConfig, progress: Callable[[str], None] = log.info) -> Self:
+        """Load, listen, register. `progress` gets a line now and then, from another thread.
+
+        Raises `ModelUnusable`, `PortTaken` or `MetadataUnavailable`.
+        """
         torch.set_num_threads(config.engine.threads)
-        loaded = await asyncio.to_thread(load_model, config.model, config.engine.dtype, "cpu")
+        engine = config.engine
+        loaded = await asyncio.to_thread(
+            load_model, config.model, engine.dtype, engine.device, load=engine.load, progress=progress
+        )
         worker = cls(config, loaded)
         try:
             await worker._serve()
@@ -157,8 +192,17 @@ class WorkerHost(ABC):
         self.segment.close()
 
     @property
+    def device(self) -> str:
+        """What it computes on, in words for operators; GPUs are numbered as on their node."""
+        device = self._loaded.model.device
+        if device.type != "cuda":
+            return device.type
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+        return f"GPU {visible[device.index or 0]}, {torch.cuda.get_device_name(device)}"
+
+    @property
     def _max_tokens(self) -> int:
-        pool_tokens = self.config.engine.num_pages * self.config.engine.page_size
+        pool_tokens = self.segment.num_pages * self.config.engine.page_size
         return min(self._loaded.config.max_positions, pool_tokens)
 
     def _record(self) -> WorkerRecord:

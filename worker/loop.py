@@ -5,6 +5,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from protos.errors import DiptychError, Overloaded
 from protos.v1 import worker_pb2
@@ -12,6 +14,7 @@ from worker.outbox import Outbox
 from worker.role import Role
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _INBOX = 8192  # messages; past it, the stream that brings one more ends
 _IDLE_S = 0.02  # how late a deadline may be noticed while nothing runs
@@ -52,6 +55,12 @@ class WorkerLoop:
     def post_wait(self, command: Callable[[], None]) -> None:
         """As `post`, from a thread that may wait for room: what it has to tell must not be lost."""
         self._inbox.put(command, timeout=60)
+
+    def ask(self, act: Callable[[Role], T]) -> Future[T]:
+        """As `post`; the future gets what `act` returns or raises. One that was cancelled by then is not run."""
+        future: Future[T] = Future()
+        self.post(lambda: _settle(future, lambda: act(self._role)))
+        return future
 
     def attach(self, router_id: str, outbox: Outbox) -> None:
         """From now on this router's updates go here; what an earlier stream of its left behind is dropped."""
@@ -109,3 +118,12 @@ class WorkerLoop:
         if self._outboxes.get(router_id) is outbox:
             del self._outboxes[router_id]
             self._role.drop_router(router_id)
+
+
+def _settle(future: Future[T], act: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(act())
+    except Exception as error:
+        future.set_exception(error)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from protos.v1 import worker_pb2
 
+_STEP_BYTES = 4 * 1024 * 1024  # well below what gRPC is told to carry
+
 
 class Outbox:
     """Updates wait here until the stream takes them, all at once.
@@ -30,13 +32,18 @@ class Outbox:
         self._ready.set()
 
     async def take(self) -> worker_pb2.Step | None:
-        """Everything that waits, as one message, as soon as there is something; None once it is closed."""
+        """What waits, as one message of bounded size, as soon as there is something; None once it is closed."""
         await self._ready.wait()
         if self._closed:
             return None
-        self._ready.clear()
+        count = len(self._updates)
         step = worker_pb2.Step(updates=self._updates, load=self._load)
-        self._updates = []
+        while step.ByteSize() > _STEP_BYTES and count > 1:  # log-probabilities can be large
+            count //= 2
+            step = worker_pb2.Step(updates=self._updates[:count], load=self._load)
+        del self._updates[:count]
+        if not self._updates:
+            self._ready.clear()
         return step
 
     def _add(self, updates: list[worker_pb2.SequenceUpdate], load: worker_pb2.WorkerLoad) -> None:

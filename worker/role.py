@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Callable
 
 from engine.engine import Engine
-from protos.errors import DiptychError
+from protos.errors import DiptychError, InvalidRequest
 from protos.v1 import worker_pb2
 from rpc.status import to_detail
 
@@ -16,7 +17,7 @@ def is_idle(load: worker_pb2.WorkerLoad) -> bool:
 
 
 class Role(ABC):
-    """The base of both pools: one method a message, one a step, and the updates that they emit."""
+    """The base of all pools: one method a message, one a step, and the updates that they emit."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -46,6 +47,14 @@ class Role(ABC):
     @abstractmethod
     def load(self) -> worker_pb2.WorkerLoad:
         """What placement needs to know."""
+
+    def measure(
+        self,
+        request: worker_pb2.MeasureRequest,
+        done: Callable[[worker_pb2.MeasureResponse | DiptychError], None],
+    ) -> None:
+        """Test how fast pages come from another worker; `done` gets the result. Raises what prevents it."""
+        raise InvalidRequest("this worker pulls no pages", field="source", stage="measure")
 
     def close(self) -> None:  # noqa: B027 (a role need not hold anything that must be closed)
         """End what runs beside the loop."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import grpc.aio
@@ -9,8 +10,11 @@ import grpc.aio
 from protos.errors import DiptychError, InvalidRequest
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
+from worker.loan import Loan
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
+
+_MOST_LENT = 1024  # pages
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -60,6 +64,43 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._drain()
         return worker_pb2.DrainResponse()
 
+    async def Lend(
+        self, request: worker_pb2.LendRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[worker_pb2.LendResponse]:
+        """Pages for a test, until the caller hangs up."""
+        loan = Loan()
+        context.add_done_callback(lambda _: self._give_back(loan))  # type: ignore[arg-type]  # as above
+        try:
+            _check_pages(request.pages)
+            refs = await asyncio.wrap_future(self._loop.ask(lambda role: loan.take(role.pool, request.pages)))
+        except DiptychError as error:
+            await status.abort(context, error)
+        yield worker_pb2.LendResponse(source=self._describe().source, pages=refs)
+        await asyncio.Event().wait()  # until this call is cancelled
+
+    async def Measure(
+        self, request: worker_pb2.MeasureRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.MeasureResponse:
+        """Answers when the last pull has come back."""
+        measured: Future[worker_pb2.MeasureResponse | DiptychError] = Future()
+
+        def done(result: worker_pb2.MeasureResponse | DiptychError) -> None:
+            if measured.set_running_or_notify_cancel():  # else nobody waits for it any more
+                measured.set_result(result)
+
+        try:
+            _check_pages(len(request.pages))
+            await asyncio.wrap_future(self._loop.ask(lambda role: role.measure(request, done)))
+            result = await asyncio.wrap_future(measured)
+            if isinstance(result, DiptychError):
+                raise result
+        except DiptychError as error:
+            await status.abort(context, error)
+        return result
+
+    def _give_back(self, loan: Loan) -> None:
+        self._loop.post(loan.give_back)
+
     @staticmethod
     async def _hello(messages: AsyncIterator[worker_pb2.RouterMessage]) -> str:
         async for message in messages:
@@ -74,3 +115,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 self._loop.handle(router_id, message)
         finally:
             outbox.close()
+
+
+def _check_pages(count: int) -> None:
+    if not 1 <= count <= _MOST_LENT:
+        raise InvalidRequest(f"pages must be 1 to {_MOST_LENT}", field="pages", stage="measure")

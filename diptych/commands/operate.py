@@ -62,7 +62,8 @@ def _workers(cluster: "operator_pb2.StatusResponse") -> Table:
             counts = [str(load.running), str(load.waiting), f"{load.held_pages}/{load.total_pages}"]
             if not load.total_pages:
                 counts = ["", "", ""]
-            table.add_row(f"  {worker.worker_id}", state, worker.address, *node, *counts, escape(worker.message))
+            note = escape(worker.message or worker.device)
+            table.add_row(f"  {worker.worker_id}", state, worker.address, *node, *counts, note)
     return table
 
 
@@ -73,7 +74,7 @@ def scale(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is so, leaving workers included.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait.")] = 900,
 ) -> None:
-    """Set the size of one pool or both; the other stays. A leaving worker finishes what it has."""
+    """Set the size of the pools that are named; the others stay. A leaving worker finishes what it has."""
     from cluster.operator_client import OperatorClient
     from cluster.ready import wait_ready
 

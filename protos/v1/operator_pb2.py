@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import worker_pb2 as protos_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/operator.proto\x12\ndiptych.v1\x1a\x16protos/v1/worker.proto\"\x0f\n\rStatusRequest\"\x9b\x01\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05pools\x18\x02 \x03(\x0b\x32\x16.diptych.v1.PoolStatus\x12\x0f\n\x07routers\x18\x03 \x03(\t\x12\r\n\x05redis\x18\x04 \x01(\t\x12\x13\n\x0bredis_alive\x18\x05 \x01(\x08\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\t\"V\n\nPoolStatus\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x02 \x01(\r\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.diptych.v1.WorkerStatus\"\x9f\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.diptych.v1.WorkerState\x12\x0f\n\x07message\x18\x05 \x01(\t\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\"v\n\x0cScaleRequest\x12\x36\n\x07\x64\x65sired\x18\x01 \x03(\x0b\x32%.diptych.v1.ScaleRequest.DesiredEntry\x1a.\n\x0c\x44\x65siredEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"6\n\rScaleResponse\x12%\n\x05pools\x18\x01 \x03(\x0b\x32\x16.diptych.v1.PoolStatus\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x17\n\x13WORKER_STATE_FAILED\x10\x04\x32\xd0\x01\n\x08Operator\x12?\n\x06Status\x12\x19.diptych.v1.StatusRequest\x1a\x1a.diptych.v1.StatusResponse\x12<\n\x05Scale\x12\x18.diptych.v1.ScaleRequest\x1a\x19.diptych.v1.ScaleResponse\x12\x45\n\x08Shutdown\x12\x1b.diptych.v1.ShutdownRequest\x1a\x1c.diptych.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/v1/operator.proto\x12\ndiptych.v1\x1a\x16protos/v1/worker.proto\"\x0f\n\rStatusRequest\"\x9b\x01\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x05pools\x18\x02 \x03(\x0b\x32\x16.diptych.v1.PoolStatus\x12\x0f\n\x07routers\x18\x03 \x03(\t\x12\r\n\x05redis\x18\x04 \x01(\t\x12\x13\n\x0bredis_alive\x18\x05 \x01(\x08\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\t\"V\n\nPoolStatus\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x02 \x01(\r\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.diptych.v1.WorkerStatus\"\xaf\x01\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.diptych.v1.WorkerState\x12\x0f\n\x07message\x18\x05 \x01(\t\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.diptych.v1.WorkerLoad\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\"v\n\x0cScaleRequest\x12\x36\n\x07\x64\x65sired\x18\x01 \x03(\x0b\x32%.diptych.v1.ScaleRequest.DesiredEntry\x1a.\n\x0c\x44\x65siredEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"6\n\rScaleResponse\x12%\n\x05pools\x18\x01 \x03(\x0b\x32\x16.diptych.v1.PoolStatus\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse*\x92\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x17\n\x13WORKER_STATE_FAILED\x10\x04\x32\xd0\x01\n\x08Operator\x12?\n\x06Status\x12\x19.diptych.v1.StatusRequest\x1a\x1a.diptych.v1.StatusResponse\x12<\n\x05Scale\x12\x18.diptych.v1.ScaleRequest\x1a\x19.diptych.v1.ScaleResponse\x12\x45\n\x08Shutdown\x12\x1b.diptych.v1.ShutdownRequest\x1a\x1c.diptych.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCALEREQUEST_DESIREDENTRY']._loaded_options = None
   _globals['_SCALEREQUEST_DESIREDENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERSTATE']._serialized_start=705
-  _globals['_WORKERSTATE']._serialized_end=851
+  _globals['_WORKERSTATE']._serialized_start=721
+  _globals['_WORKERSTATE']._serialized_end=867
   _globals['_STATUSREQUEST']._serialized_start=64
   _globals['_STATUSREQUEST']._serialized_end=79
   _globals['_STATUSRESPONSE']._serialized_start=82
@@ -43,17 +43,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POOLSTATUS']._serialized_start=239
   _globals['_POOLSTATUS']._serialized_end=325
   _globals['_WORKERSTATUS']._serialized_start=328
-  _globals['_WORKERSTATUS']._serialized_end=487
-  _globals['_SCALEREQUEST']._serialized_start=489
-  _globals['_SCALEREQUEST']._serialized_end=607
-  _globals['_SCALEREQUEST_DESIREDENTRY']._serialized_start=561
-  _globals['_SCALEREQUEST_DESIREDENTRY']._serialized_end=607
-  _globals['_SCALERESPONSE']._serialized_start=609
-  _globals['_SCALERESPONSE']._serialized_end=663
-  _globals['_SHUTDOWNREQUEST']._serialized_start=665
-  _globals['_SHUTDOWNREQUEST']._serialized_end=682
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=684
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=702
-  _globals['_OPERATOR']._serialized_start=854
-  _globals['_OPERATOR']._serialized_end=1062
+  _globals['_WORKERSTATUS']._serialized_end=503
+  _globals['_SCALEREQUEST']._serialized_start=505
+  _globals['_SCALEREQUEST']._serialized_end=623
+  _globals['_SCALEREQUEST_DESIREDENTRY']._serialized_start=577
+  _globals['_SCALEREQUEST_DESIREDENTRY']._serialized_end=623
+  _globals['_SCALERESPONSE']._serialized_start=625
+  _globals['_SCALERESPONSE']._serialized_end=679
+  _globals['_SHUTDOWNREQUEST']._serialized_start=681
+  _globals['_SHUTDOWNREQUEST']._serialized_end=698
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=700
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=718
+  _globals['_OPERATOR']._serialized_start=870
+  _globals['_OPERATOR']._serialized_end=1078
 # @@protoc_insertion_point(module_scope)

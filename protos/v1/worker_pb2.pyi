@@ -140,7 +140,7 @@ class Step(_message.Message):
     def __init__(self, updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class SequenceUpdate(_message.Message):
-    __slots__ = ("request_id", "token_ids", "finish_reason", "sealed", "prefill", "hand_over", "error")
+    __slots__ = ("request_id", "token_ids", "finish_reason", "sealed", "prefill", "hand_over", "error", "logprobs", "prompt_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,8 @@ class SequenceUpdate(_message.Message):
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: _common_pb2.FinishReason
@@ -155,7 +157,9 @@ class SequenceUpdate(_message.Message):
     prefill: PrefillReport
     hand_over: HandOverReport
     error: _common_pb2.ErrorDetail
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., sealed: _Optional[_Iterable[_Union[PageRef, _Mapping]]] = ..., prefill: _Optional[_Union[PrefillReport, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverReport, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., sealed: _Optional[_Iterable[_Union[PageRef, _Mapping]]] = ..., prefill: _Optional[_Union[PrefillReport, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverReport, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
     __slots__ = ("queue_ms", "compute_ms", "prefix_pages")
@@ -234,3 +238,39 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class LendRequest(_message.Message):
+    __slots__ = ("pages",)
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    pages: int
+    def __init__(self, pages: _Optional[int] = ...) -> None: ...
+
+class LendResponse(_message.Message):
+    __slots__ = ("source", "pages")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    source: PageSource
+    pages: _containers.RepeatedCompositeFieldContainer[PageRef]
+    def __init__(self, source: _Optional[_Union[PageSource, _Mapping]] = ..., pages: _Optional[_Iterable[_Union[PageRef, _Mapping]]] = ...) -> None: ...
+
+class MeasureRequest(_message.Message):
+    __slots__ = ("source", "pages")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    source: PageSource
+    pages: _containers.RepeatedCompositeFieldContainer[PageRef]
+    def __init__(self, source: _Optional[_Union[PageSource, _Mapping]] = ..., pages: _Optional[_Iterable[_Union[PageRef, _Mapping]]] = ...) -> None: ...
+
+class MeasureResponse(_message.Message):
+    __slots__ = ("transport", "passed_over", "page_ms", "pull_ms", "bytes")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PASSED_OVER_FIELD_NUMBER: _ClassVar[int]
+    PAGE_MS_FIELD_NUMBER: _ClassVar[int]
+    PULL_MS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    passed_over: str
+    page_ms: float
+    pull_ms: float
+    bytes: int
+    def __init__(self, transport: _Optional[str] = ..., passed_over: _Optional[str] = ..., page_ms: _Optional[float] = ..., pull_ms: _Optional[float] = ..., bytes: _Optional[int] = ...) -> None: ...

@@ -49,6 +49,16 @@ class WorkerStub:
                 request_serializer=protos_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Lend = channel.unary_stream(
+                '/diptych.v1.Worker/Lend',
+                request_serializer=protos_dot_v1_dot_worker__pb2.LendRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_worker__pb2.LendResponse.FromString,
+                _registered_method=True)
+        self.Measure = channel.unary_unary(
+                '/diptych.v1.Worker/Measure',
+                request_serializer=protos_dot_v1_dot_worker__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_worker__pb2.MeasureResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -75,6 +85,20 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lend(self, request, context):
+        """For a test of transports: free pages, which nobody writes to until the caller hangs up. One answer, then silence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Measure(self, request, context):
+        """For a test of transports: pull pages that another worker lends, several times. Decode workers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +116,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=protos_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=protos_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'Lend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=protos_dot_v1_dot_worker__pb2.LendRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_worker__pb2.LendResponse.SerializeToString,
+            ),
+            'Measure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=protos_dot_v1_dot_worker__pb2.MeasureRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_worker__pb2.MeasureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +209,60 @@ class Worker:
             '/diptych.v1.Worker/Drain',
             protos_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             protos_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diptych.v1.Worker/Lend',
+            protos_dot_v1_dot_worker__pb2.LendRequest.SerializeToString,
+            protos_dot_v1_dot_worker__pb2.LendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.Worker/Measure',
+            protos_dot_v1_dot_worker__pb2.MeasureRequest.SerializeToString,
+            protos_dot_v1_dot_worker__pb2.MeasureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,1 @@
+"""Computes prompts and goes on with them: both phases in one engine, no hand-over."""
