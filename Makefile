@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_FLAGS := --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test check gpu-test gpu-bench format protos clean
+.PHONY: help install demo test check gpu-test gpu-bench gpu-e2e format protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,11 +30,17 @@ check: install  ## ruff, mypy and the fast tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not cluster" -q
 
-gpu-test:  ## the kernels on a CUDA device, with that machine's own Python, torch and triton
-	PYTHONPATH=.:tests $(PYTHON) -m pytest -m gpu --noconftest -p no:cacheprovider -c tests/gpu/pytest.ini --rootdir . tests/gpu
+gpu-test:  ## kernels, engine, transports on a CUDA device, with that machine's own Python; FLAGS="-n 8" in parallel
+	PYTHONPATH=.:tests $(PYTHON) -m pytest -m gpu --noconftest -p no:cacheprovider -c tests/gpu/pytest.ini --rootdir . $(FLAGS) tests/gpu
 
 gpu-bench:  ## the kernels against their peers on a CUDA device; FA3=path of FlashAttention-3's library
 	PYTHONPATH=. $(PYTHON) -m benchmarks.attention_kernels $(if $(FA3),--fa3 $(FA3)) --out benchmarks/results/kernels.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks.decode_linear --out benchmarks/results/decode_linear.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks.sampling --out benchmarks/results/sampling.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks.engine --name engine
+
+gpu-e2e:  ## a real cluster on this machine's GPUs: its answers checked, its times taken
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_e2e --name gpu_e2e
 
 format: install  ## let ruff rewrite
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

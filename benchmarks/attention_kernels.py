@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention_plan import AttentionPlan
+from kernels.hopper_cascade import CascadeSchedule, cascade_pages
 from kernels.hopper_decode import DecodeSchedule, decode_pages
 from kernels.hopper_prefill import prefill_attention_hopper
 
@@ -40,6 +41,7 @@ DECODE_CELLS = (
     (1, 1024), (1, 4096), (1, 16384), (1, 65536), (8, 1024), (8, 4096), (8, 16384),
     (32, 1024), (32, 4096), (32, 16384), (128, 1024), (128, 4096), (128, 16384),
 )  # fmt: skip
+CASCADE_CELLS = ((64, 8192, 256), (16, 8192, 256), (256, 2048, 256))  # sequences, shared tokens, tokens of its own each
 
 Call = Callable[[], object]
 Json = dict[str, Any]
@@ -213,6 +215,10 @@ def decode_row(seqs: int, context: int, fa3: Fa3 | None) -> Json:
         ]
 
     candidates = {"ours": ours(False), "ours_overlapped": ours(True)}
+    invariant = DecodeSchedule(plan.context_lens, HEADS, KV_HEADS, d, batch_invariant=True)
+    candidates["ours_batch_invariant"] = [
+        lambda layer=layer: decode_pages(q, cache, layer, plan.page_table, invariant) for layer in range(layers)
+    ]
     error = math.nan
     if fa3 is not None:
         candidates["fa3"] = fa3.decode(q, cache, plan)
@@ -224,6 +230,34 @@ def decode_row(seqs: int, context: int, fa3: Fa3 | None) -> Json:
         "batch": seqs,
         "context": context,
         "error_to_fa3": error,
+        "microseconds": times,
+        "gb_per_s": {name: kv_bytes / t / 1e3 for name, t in times.items()},
+    }
+
+
+def cascade_row(seqs: int, prefix: int, own: int) -> Json:
+    """Microseconds of a decode call over a common prefix, beside our own plain decode; GB/s as if both read it once."""
+    d, layers = 128, 10
+    kv_bytes = (prefix + seqs * own) * KV_HEADS * d * 2 * 2
+    order = torch.randperm((prefix + seqs * own) // PAGE, device="cuda").to(torch.int32)
+    shared, rest = order[: prefix // PAGE], order[prefix // PAGE :]
+    table = torch.cat((shared.expand(seqs, -1), rest.view(seqs, -1)), 1)  # [seqs, pages]
+    lens = torch.full((seqs,), prefix + own, dtype=torch.int32, device="cuda")
+    q = torch.randn(seqs, HEADS, d, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(len(order), layers, 2, KV_HEADS, PAGE, d, device="cuda", dtype=torch.bfloat16)
+    cascade = CascadeSchedule(lens, lens.new_full((1,), prefix), HEADS, KV_HEADS, d)
+    plain = DecodeSchedule(lens, HEADS, KV_HEADS, d)
+    candidates: dict[str, list[Call]] = {
+        "ours": [lambda layer=layer: cascade_pages(q, cache, layer, table, cascade) for layer in range(layers)],
+        "plain": [lambda layer=layer: decode_pages(q, cache, layer, table, plain) for layer in range(layers)],
+    }
+    error = relative_error(cascade_pages(q, cache, 0, table, cascade), decode_pages(q, cache, 0, table, plain))
+    times = medians(candidates, milliseconds=2.0)
+    return {
+        "batch": seqs,
+        "prefix": prefix,
+        "own": own,
+        "error_to_plain": error,
         "microseconds": times,
         "gb_per_s": {name: kv_bytes / t / 1e3 for name, t in times.items()},
     }
@@ -281,7 +315,7 @@ def main() -> None:
     parser.add_argument("--fa3", help="vLLM's FlashAttention-3 extension")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
     parser.add_argument("--commit", default="", help="of the code that runs, for the record")
-    parser.add_argument("--only", default="prefill,ragged,decode", help="sections, with commas")
+    parser.add_argument("--only", default="prefill,ragged,decode,cascade", help="sections, with commas")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which no row is begun")
     args = parser.parse_args()
     fa3 = Fa3(args.fa3) if args.fa3 else None
@@ -292,12 +326,14 @@ def main() -> None:
         "prefill": [],
         "ragged": [],
         "decode": [],
+        "cascade": [],
     }
     print(results["meta"], f"read ceiling {results['read_gb_per_s']:.0f} GB/s", flush=True)
     rows: list[tuple[str, Callable[[], Json]]] = [
         *(("prefill", lambda d=d, n=n: prefill_row(d, n, fa3)) for d in (128, 64) for n in PREFILL_LENGTHS),
         *(("ragged", lambda d=d: ragged_row(d, fa3)) for d in (128, 64)),
         *(("decode", lambda b=b, n=n: decode_row(b, n, fa3)) for b, n in DECODE_CELLS),
+        *(("cascade", lambda cell=cell: cascade_row(*cell)) for cell in CASCADE_CELLS),
     ]
     began = time.monotonic()
     for section, row in rows:

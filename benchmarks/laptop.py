@@ -4,9 +4,10 @@
 
 Each round measures both sides one after the other, so that a shared machine's drift meets both; medians are over
 rounds.
-One torch thread in every process. Ours is the whole path (client, router, both workers, Valkey, Ray); transformers runs
-in this
-process. `engine alone` is our engine in this process, without a cluster: what the whole path adds to it is overhead.
+One torch thread in every process. Ours is the whole path (client, router, workers, Valkey, Ray), with a prefill and a
+decode worker (`diptych`) and with one colocated worker (`colocated`), a cluster each; transformers runs in this
+process.
+`engine alone` is our engine in this process, without a cluster: what the whole path adds to it is overhead.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,6 @@ PAGE_SIZE = 64
 PROMPT = 512  # tokens, for TTFT
 SHORT = 64  # tokens of each concurrent request's prompt
 STREAMS = (8, 32)
-CLUSTER = "laptop-benchmark"
 
 
 class Prompts:
@@ -155,28 +156,37 @@ def read_rate(megabytes: int = 512) -> float:
 
 
 async def measure_round(
-    client: Client, alone: EngineAlone, peer: Transformers, prompts: Prompts, tokens: int, static_batch: bool
+    clients: dict[str, Client],
+    alone: EngineAlone,
+    peer: Transformers,
+    prompts: Prompts,
+    tokens: int,
+    static_batch: bool,
 ) -> dict[str, float]:
     """One round: every figure once, ours and theirs next to each other."""
     figures: dict[str, float] = {}
+    client, colocated = clients["split"], clients["colocated"]
     long = [prompts.take(PROMPT) for _ in range(4)]
     answer = await stream(client, long[0], 2)
     figures["ttft_512_ms.diptych"] = 1e3 * answer.times[0]
     # Beside the worker's own computing of the same prompt: a difference of two separate runs drowns in their noise.
     figures["ttft_512_ms.not_computing"] = figures["ttft_512_ms.diptych"] - answer.stats.prefill_ms
+    figures["ttft_512_ms.colocated"] = 1e3 * (await stream(colocated, long[3], 2)).times[0]
     figures["ttft_512_ms.engine_alone"] = 1e3 * alone.generate(long[1], 1)[0]
     figures["ttft_512_ms.transformers"] = 1e3 * peer.generate([long[2]], 1)
     short = prompts.take(SHORT)
     figures["tpot_ms.diptych"] = 1e3 * tpot((await stream(client, short, tokens)).times)
+    figures["tpot_ms.colocated"] = 1e3 * tpot((await stream(colocated, prompts.take(SHORT), tokens)).times)
     figures["tpot_ms.engine_alone"] = 1e3 * tpot(alone.generate(prompts.take(SHORT), tokens))
     first, rest = peer.generate([short], 1), peer.generate([short], tokens)
     figures["tpot_ms.transformers"] = 1e3 * (rest - first) / (tokens - 1)
     figures["tokens_per_s.1.transformers_sequential"] = tokens / rest
     for streams in STREAMS:
         batch = [prompts.take(SHORT) for _ in range(streams)]
-        started = time.perf_counter()
-        await asyncio.gather(*(stream(client, prompt, tokens) for prompt in batch))
-        figures[f"tokens_per_s.{streams}.diptych"] = streams * tokens / (time.perf_counter() - started)
+        for name, one in (("diptych", client), ("colocated", colocated)):
+            started = time.perf_counter()
+            await asyncio.gather(*(stream(one, prompt, tokens) for prompt in batch))
+            figures[f"tokens_per_s.{streams}.{name}"] = streams * tokens / (time.perf_counter() - started)
         if static_batch:
             figures[f"tokens_per_s.{streams}.transformers_static_batch"] = (
                 streams * tokens / peer.generate(batch, tokens)
@@ -206,30 +216,33 @@ def diptych(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=900).stdout
 
 
-def with_cluster(dtype: str, use: Callable[[str], Any]) -> Any:
-    """Bring a cluster up as a user would, use its address, and take it down."""
+@contextmanager
+def cluster(dtype: str, mode: str) -> Iterator[str]:
+    """Bring a cluster up as a user would, for its router's address, and take it down."""
+    name = f"laptop-benchmark-{mode}"
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
         json.dump({"engine": {"dtype": dtype, "page_size": PAGE_SIZE, "num_pages": 512}}, config)
         config.flush()
         ports = ["--port", "0", "--operator-port", "0"]
-        diptych("up", "--name", CLUSTER, "--config", config.name, *ports)
+        diptych("up", "--name", name, "--mode", mode, "--config", config.name, *ports)
     try:
-        status = json.loads(diptych("status", "--name", CLUSTER, "--json"))
-        return use(status["routers"][0])
+        yield json.loads(diptych("status", "--name", name, "--json"))["routers"][0]
     finally:
-        diptych("down", "--name", CLUSTER)
+        diptych("down", "--name", name)
 
 
-async def run(address: str, options: argparse.Namespace, path: Path) -> dict[str, Any]:
+async def run(addresses: dict[str, str], options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """`addresses` of routers by mode."""
     peer = Transformers(path, getattr(torch, options.dtype))
     alone = EngineAlone(path, options.dtype)
     prompts = Prompts(Tokenizer.from_dir(path))
     rounds = []
-    async with Client(address) as client:
-        await measure_round(client, alone, peer, prompts, 4, static_batch=False)  # warm both sides up
+    async with Client(addresses["split"]) as split, Client(addresses["colocated"]) as colocated:
+        clients = {"split": split, "colocated": colocated}
+        await measure_round(clients, alone, peer, prompts, 4, static_batch=False)  # warm all sides up
         for index in range(options.rounds):
             static_batch = index < options.static_batch_rounds
-            rounds.append(await measure_round(client, alone, peer, prompts, options.tokens, static_batch))
+            rounds.append(await measure_round(clients, alone, peer, prompts, options.tokens, static_batch))
             print(json.dumps(rounds[-1]), flush=True)
     names = rounds[0].keys()
     medians = {name: statistics.median(r[name] for r in rounds if name in r) for name in names}
@@ -251,7 +264,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = hub.resolve(hub.DEMO_MODEL, print).path
-    result = with_cluster(options.dtype, lambda address: asyncio.run(run(address, options, path)))
+    with ExitStack() as stack:
+        addresses = {mode: stack.enter_context(cluster(options.dtype, mode)) for mode in ("split", "colocated")}
+        result = asyncio.run(run(addresses, options, path))
     settings = vars(options) | {"prompt_tokens": PROMPT, "short_prompt_tokens": SHORT, "page_size": PAGE_SIZE}
     print(json.dumps(result["medians"] | result["derived"], indent=2))
     print(write_result(f"laptop_{options.dtype}", settings | result))

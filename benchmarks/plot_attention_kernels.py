@@ -14,6 +14,7 @@ matplotlib.rcParams["svg.hashsalt"] = "kernels"  # the same file from the same f
 NAMES = {
     "ours": "ours, paged",
     "ours_overlapped": "ours, over the previous kernel",
+    "ours_batch_invariant": "ours, batch-invariant",
     "cudnn": "cuDNN",
     "fa3": "FlashAttention-3",
     "fa3_paged": "FlashAttention-3, paged",
