@@ -22,8 +22,11 @@ $(VENV)/.installed: pyproject.toml
 demo: install  ## one command: a real model answers through router, prefill, store and decode
 	$(BIN)/diptych demo
 
+# Kernels and engine share nothing with one another but the CPU, so their tests run two at a time; the others start processes.
+ALONE := tests/test_kernels_* tests/test_engine_*
 test: install  ## every test that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE)
+	$(BIN)/python -m pytest $(ALONE:%=--ignore-glob='%')
 
 check: install  ## ruff, mypy and the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
