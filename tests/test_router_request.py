@@ -79,7 +79,7 @@ async def test_both_workers_are_told_all_of_it_at_once(rig, model):
         assert message.page_keys == pack_keys(page_keys(root, PROMPT, PAGE_SIZE))
         assert (message.sampling.seed, message.sampling.max_tokens) == (77, 5)
         assert list(message.end_token_ids) == [EOS_ID, 9, 250]
-        assert 0 < message.deadline_s < 20
+        assert 0 < message.deadline_s < 20 * 1.05  # gRPC rounds a deadline up on its way
     assert decode.source.worker_id == "prefill-0"
     assert decode.source.incarnation == rig.prefill.record.incarnation
     assert [endpoint.transport for endpoint in decode.source.endpoints] == ["shm"]
