@@ -136,3 +136,9 @@ class AttentionPlan:
         column = torch.arange(self.page_table.shape[1], device=self.page_table.device)
         counts = (self.context_lens + (self.page_size - 1)) // self.page_size
         return self.page_table[column < counts.unsqueeze(1)].long()
+
+
+def check_lse(lse: Tensor | None, q: Tensor) -> None:
+    """Whether `lse`, where it is given, can hold the log-sum-exps of q [tokens, heads, d]: float32 [tokens, heads]."""
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
+        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:2])}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_options import check_options
-from kernels.attention_plan import AttentionPlan
+from kernels.attention_plan import AttentionPlan, check_lse
 from kernels.capability import has_hopper_decode
 from kernels.decode_attention import decode_attention_torch
 from kernels.decode_split import decode_split
@@ -33,8 +33,7 @@ def cascade_attention(
     plan.check(q, cache, layer, plan.decode_tokens)
     check_options(0, soft_cap)
     _check_prefix(plan, prefix)
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:2])}")
+    check_lse(lse, q)
     if has_hopper_decode(q, cache, plan.decode_queries):
         from kernels.hopper_cascade import cascade_attention_hopper
 

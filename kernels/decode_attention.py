@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_options import check_options
-from kernels.attention_plan import AttentionPlan
+from kernels.attention_plan import AttentionPlan, check_lse
 from kernels.capability import has_hopper_decode
 from kernels.decode_scores import DecodeScores
 from kernels.decode_split import decode_split
@@ -28,8 +28,7 @@ def decode_attention(
     """
     plan.check(q, cache, layer, plan.decode_tokens)
     check_options(window, soft_cap)
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:2])}")
+    check_lse(lse, q)
     if has_hopper_decode(q, cache, plan.decode_queries):
         from kernels.hopper_decode import decode_attention_hopper
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention_options import check_options
-from kernels.attention_plan import AttentionPlan
+from kernels.attention_plan import AttentionPlan, check_lse
 from kernels.hopper_decode_kernel import decode_kernel
 from kernels.hopper_decode_merge import merge_parts
 from kernels.hopper_decode_schedule import SPLIT, TILE, UNIT, DecodeSchedule
@@ -138,8 +138,7 @@ def check_decode(
         raise ValueError(f"page_table must be int32 [{seqs}, pages], not {page_table.dtype} {list(page_table.shape)}")
     if page_table.stride(1) != 1 or page_table.device != q.device:
         raise ValueError("page_table must have contiguous rows on q's device")
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:2])}")
+    check_lse(lse, q)
 
 
 def decode_arguments(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, no_type_check
 import torch
 from torch import Tensor
 
+from kernels.attention_plan import check_lse
 from kernels.triton_kernel import TritonKernel, next_power_of_2
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def merge_attention(
             raise ValueError(f"{name} has {part.shape[0]} tokens, first {first.shape[0]}")
         if part_lse.shape != part.shape[:2] or part_lse.dtype != torch.float32 or not part_lse.is_contiguous():
             raise ValueError(f"{name}_lse must be contiguous float32 {list(part.shape[:2])}")
-    if lse is not None and (lse.shape != first_lse.shape or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise ValueError(f"lse must be contiguous float32 {list(first_lse.shape)}")
+    check_lse(lse, first)
     merge = merge_attention_triton if first.is_cuda else merge_attention_torch
     return merge(first, first_lse, second, second_lse, dtype, lse)
 

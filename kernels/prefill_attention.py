@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_options import check_options
-from kernels.attention_plan import AttentionPlan
+from kernels.attention_plan import AttentionPlan, check_lse
 from kernels.capability import dot_precision, has_hopper_prefill
 from kernels.triton_kernel import TritonKernel, next_power_of_2
 from kernels.upload import upload
@@ -40,8 +40,7 @@ def prefill_attention(
     check_options(window, soft_cap)
     tokens = plan.num_tokens - plan.decode_tokens
     plan.check(q, cache, layer, tokens)
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:2])}")
+    check_lse(lse, q)
     if window >= max(plan.contexts):
         window = 0
     if has_hopper_prefill(q, cache):
