@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from engine.philox import philox4x32
 from engine.tensor_source import Shapes, TensorSource
+from kernels.philox import philox4x32
 
 # Counters in one piece, 8 numbers each: on a CPU what stays in its caches, on a GPU what hides the launches.
 _PIECE = {"cpu": 1 << 14, "cuda": 1 << 21}

@@ -5,7 +5,6 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from engine import philox
 from engine.logit_transforms import (
     add_bias,
     completing,
@@ -20,6 +19,7 @@ from engine.logit_transforms import (
 )
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from kernels import philox
 
 
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:

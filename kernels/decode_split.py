@@ -57,51 +57,19 @@ def decode_split(
     parts = q.new_empty(tokens, heads, splits, d, dtype=torch.float32)
     part_lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
     _decode_split[(seqs, kv_heads * row_blocks, splits)](
-        q,
-        cache,
-        page_table,
-        context_lens,
-        context_lens if skip is None else skip,
-        parts,
-        part_lse,
-        q.stride(0),
-        q.stride(1),
-        page_table.stride(0),
-        layers * 2 * kv_heads * page_size * d,
-        layer * 2 * kv_heads * page_size * d,
-        splits,
-        split_tokens,
-        queries,
-        (soft_cap or d**-0.5) * _LOG2_E,
-        2 * _LOG2_E * d**-0.5 / soft_cap if soft_cap else 1.0,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=d,
-        PAGE_SIZE=page_size,
-        BLOCK_G=block_g,
-        BLOCK_D=next_power_of_2(d),
-        BLOCK_N=block_n,
-        ROW_BLOCKS=row_blocks,
-        CAUSAL=causal,
-        WINDOW=window,
-        SKIPS=skip is not None,
-        PARTS=_PARTS if batch_invariant else 0,
-        CAPPED=soft_cap > 0,
-        DOT=dot_precision(),
-        num_warps=4,
-        num_stages=2,
-    )
+        q, cache, page_table, context_lens, context_lens if skip is None else skip, parts, part_lse,
+        q.stride(0), q.stride(1), page_table.stride(0),
+        layers * 2 * kv_heads * page_size * d, layer * 2 * kv_heads * page_size * d, splits, split_tokens, queries,
+        (soft_cap or d**-0.5) * _LOG2_E, 2 * _LOG2_E * d**-0.5 / soft_cap if soft_cap else 1.0,
+        KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=d, PAGE_SIZE=page_size,
+        BLOCK_G=block_g, BLOCK_D=next_power_of_2(d), BLOCK_N=block_n, ROW_BLOCKS=row_blocks,
+        CAUSAL=causal, WINDOW=window, SKIPS=skip is not None, PARTS=_PARTS if batch_invariant else 0,
+        CAPPED=soft_cap > 0, DOT=dot_precision(), num_warps=4, num_stages=2,
+    )  # fmt: skip
     _decode_merge[(tokens, heads)](
-        parts,
-        part_lse,
-        out,
-        out if lse is None else lse,
-        splits,
-        HEAD_DIM=d,
-        BLOCK_D=next_power_of_2(d),
-        WITH_LSE=lse is not None,
-        num_warps=1,
-    )
+        parts, part_lse, out, out if lse is None else lse, splits,
+        HEAD_DIM=d, BLOCK_D=next_power_of_2(d), WITH_LSE=lse is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def _splits(

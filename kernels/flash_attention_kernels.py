@@ -171,26 +171,9 @@ def backward_q_kernel(
         k = _load(k_ptr, kv_head, start, keys, HEAD_DIM, BLOCK, BLOCK_D)
         v = _load(v_ptr, kv_head, start, keys, HEAD_DIM, BLOCK, BLOCK_D)
         _, ds = _gradients(
-            q,
-            k,
-            v,
-            grad,
-            lse,
-            delta,
-            m,
-            n,
-            head,
-            queries,
-            keys,
-            scale,
-            seed,
-            offset,
-            dropped,
-            grown,
-            CAUSAL,
-            DROPOUT,
-            DOT,
-        )
+            q, k, v, grad, lse, delta, m, n, head, queries, keys, scale, seed, offset, dropped, grown,
+            CAUSAL, DROPOUT, DOT,
+        )  # fmt: skip
         dq += _dot(ds, k, DOT)
     pointers, inside = _tile(dq_ptr, head, first, queries, HEAD_DIM, BLOCK, BLOCK_D)
     tl.store(pointers, dq, mask=inside)

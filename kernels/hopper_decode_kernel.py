@@ -21,23 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.hopper_decode_results import keep_part, merge_cut_tile, token_and_head, write_empty, write_result
 from kernels.hopper_decode_schedule import part_size, span
+from kernels.hopper_dependent_launch import after_previous_kernel, let_next_kernel_start
 
 # All threads of the warps that reach it; Triton 3.7 has it under a new name.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@gluon.jit
-def _after_previous_kernel():
-    """Nothing below runs before the kernels in front of this one in the stream have ended (a no-op where they have)."""
-    x = gl.to_tensor(0)
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _let_next_kernel_start():
-    x = gl.to_tensor(0)
-    asm: gl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -106,7 +93,7 @@ def _producer(
         for i in range(take):
             if OVERLAP == 1 and CAUSAL:  # noqa: SIM102 (a compile-time branch)
                 if unit + i >= end - NEWEST:  # the previous kernel may be writing the newest tokens
-                    _after_previous_kernel()
+                    after_previous_kernel()
             st = it % ST
             inside = first_row + h * PAGE + (unit + i) % (PAGE // BOX) * BOX
             if PAGE == 16:
@@ -168,7 +155,7 @@ def _consumer(
     skip = gl.load(Skip) if SKIPS else 0
     mine = c * units // used
     if OVERLAP == 1:
-        _after_previous_kernel()
+        after_previous_kernel()
     if PARTS == 0:
         write_empty(Out, Lse, Lens, skip, seqs, QUERIES * HEADS, HD, WITH_LSE)
     it = gl.to_tensor(0)
@@ -246,7 +233,7 @@ def _consumer(
                 h = gl.to_tensor(0)
                 b, length, base, n = _next_sequence(Lens, b, skip, QUERIES, WINDOW, SKIPS)
     if OVERLAP == 3:
-        _after_previous_kernel()
+        after_previous_kernel()
 
 
 @gluon.jit(do_not_specialize=["q_stride", "table_stride", "first_row", "page_rows", "tokens", "seqs"])
@@ -275,7 +262,7 @@ def decode_kernel(
     full = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     if OVERLAP == 1 or OVERLAP == 2:
-        _let_next_kernel_start()
+        let_next_kernel_start()
     for i in gl.static_range(ST):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)

@@ -13,20 +13,7 @@ runs, and x and the result wait for its end.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-
-@gluon.jit
-def _after_previous_kernel():
-    """Nothing below runs before the kernels in front of this one in the stream have ended (a no-op where they have)."""
-    x = gl.to_tensor(0)
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _let_next_kernel_start():
-    """A kernel launched to overlap this one starts as soon as all programs of this one have come here or ended."""
-    x = gl.to_tensor(0)
-    asm: gl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [x], gl.int32, is_pure=False, pack=1)
+from kernels.hopper_dependent_launch import after_previous_kernel, let_next_kernel_start
 
 
 @gluon.jit
@@ -77,7 +64,7 @@ def linear_kernel(
     STEP: gl.constexpr = 32 * WARPS  # groups, one a thread
     # [outputs, groups, pairs]: a thread's 8 columns of a row are one load, and are added up within the thread.
     L: gl.constexpr = gl.BlockedLayout([OUTS, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
-    _let_next_kernel_start()
+    let_next_kernel_start()
     n = gl.program_id(0) * OUTS + gl.arange(0, OUTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
     i = gl.arange(0, STEP, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
     pair = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
@@ -87,7 +74,7 @@ def linear_kernel(
     w_at = W.to(gl.pointer_type(gl.int32), bitcast=True) + out * (w_groups * 4) + pair
     x_at = X.to(gl.pointer_type(gl.int32), bitcast=True) + pair
     w = _read_w(w_at, i, groups)
-    _after_previous_kernel()
+    after_previous_kernel()
     x = _read_x(x_at, i, groups, rows, x_groups, ROWS)
     acc = (gl.zeros([OUTS, STEP], gl.float32, layout=gl.SliceLayout(2, L)),) * ROWS
     for start in range(STEP, groups + STEP, STEP):

@@ -62,7 +62,7 @@ def replay(prompts: Iterable[list[PageKey]], pages: int, policy: Literal["lru", 
         requests += 1
         blocks += len(keys)
         try:
-            found = _one(pool, keys)
+            found = serve(pool, keys)
         except OutOfPages:
             too_long += 1
         else:
@@ -70,8 +70,8 @@ def replay(prompts: Iterable[list[PageKey]], pages: int, policy: Literal["lru", 
     return Replay(policy, pages, requests, blocks, hits, hits / max(blocks, 1), too_long)
 
 
-def _one(pool: PagePool, keys: list[PageKey]) -> int:
-    """One prompt's life; returns how many of its pages were found."""
+def serve(pool: PagePool, keys: list[PageKey]) -> int:
+    """One prompt's life in a pool; returns how many of its pages were found. Raises `OutOfPages`."""
     pages, credit = pool.admit(keys, len(keys))
     found = len(pages)
     for key in keys[found:]:

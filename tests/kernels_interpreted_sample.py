@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine import philox
+from kernels import philox
 from kernels.sample import sample_torch, sample_triton, weigh
 from kernels.sample_log_probs import log_probs_torch, log_probs_triton
 from kernels.sample_scale import STEP_BITS

@@ -1,5 +1,6 @@
 """Launchers called on a machine without their GPU: every kernel is compiled as it would be launched, and none runs."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, cache: Path, target: GPUTa
     return compiled
 
 
-def cubin_usage(compiled: Any, folder: Path) -> str:
-    """Registers, stack and shared memory of a kernel compiled for an NVIDIA GPU, as cuobjdump writes them."""
+def assert_no_spills(compiled: Any, folder: Path) -> None:
+    """No register of a kernel compiled for an NVIDIA GPU went to memory, by cuobjdump's word."""
     file = folder / "kernel.cubin"
     file.write_bytes(compiled.asm["cubin"])
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    usage = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert re.findall(r"STACK:(\d+)", usage) == ["0"], usage
+    assert re.findall(r"LOCAL:(\d+)", usage) == ["0"], usage

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from engine.loader import load_model
-from engine.philox import philox4x32
 from engine.random_source import RandomSource
+from kernels.philox import philox4x32
 from paged_sequences import Pages
 from tiny_model import make_tiny_model
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import sampling_oracle
-from engine import philox
 from engine.resident_sampling import Kind, ResidentSampling
 from engine.sampler import sample
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from kernels import philox
 from sampling_oracle import random_case
 
 PROMPT = [3, 9, 9, 27]

@@ -1,7 +1,6 @@
 """The Hopper kernels compile for their GPU, without one, as their launchers launch them, and spill no register."""
 
 import re
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from kernels.hopper_decode import ALONE, BESIDE, EARLY, LEADING, DecodeSchedule, decode_arguments
@@ -21,39 +18,22 @@ from kernels.hopper_decode_schedule import plan_arguments, plan_kernel
 from kernels.hopper_prefill import keys_for, prefill_arguments
 from kernels.hopper_prefill_kernel import prefill_kernel
 from kernels.hopper_tiles import PrefillTiles, deal, make_tiles
+from kernels_offline import HOPPER, OfflineDriver, assert_no_spills
 
 SHARED_MEMORY = 227 * 1024  # bytes a program can have
 BARRIERS_OF_OURS = 5  # named barriers from this number on are the prefill kernel's own
 
 
-class HopperDriver:
-    """Enough of a driver to compile with."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
 def compile_kernel(monkeypatch, tmp_path) -> Callable[..., Any]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", HopperDriver())
+    monkeypatch.setattr(driver, "_active", OfflineDriver(HOPPER))
     return lambda kernel, arguments, constants: kernel.warmup(*arguments, grid=(132,), **constants)
 
 
 def check(compiled: Any, tmp_path) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(compiled.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"STACK:(\d+)", usage) == ["0"]
-    assert re.findall(r"LOCAL:(\d+)", usage) == ["0"]
+    assert_no_spills(compiled, tmp_path)
 
 
 ONE = torch.ones(1, dtype=torch.int32)

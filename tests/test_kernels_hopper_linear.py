@@ -1,7 +1,6 @@
 """Products of one or two rows on Hopper: what is refused, and compilation without a GPU, no register spilled."""
 
 import re
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -10,44 +9,25 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from kernels.capability import has_hopper_linear
 from kernels.hopper_linear import MAX_ROWS, check_linear, linear_arguments, why_not
 from kernels.hopper_linear_kernel import linear_kernel
+from kernels_offline import HOPPER, OfflineDriver, assert_no_spills
 
 BF16 = torch.bfloat16
 WIDE_LOAD = r"ld\.global\S*\.v4\.b32"  # 16 bytes, or the bandwidth is lost
 
 
-class HopperDriver:
-    """Enough of a driver to compile with."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
 def compile_kernel(monkeypatch, tmp_path) -> Callable[..., Any]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", HopperDriver())
+    monkeypatch.setattr(driver, "_active", OfflineDriver(HOPPER))
 
     def compiled(kernel: Any, arguments: tuple[object, ...], constants: dict[str, object]) -> Any:
         done = kernel.warmup(*arguments, grid=(132,), **constants)
-        file = tmp_path / "kernel.cubin"
-        file.write_bytes(done.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert re.findall(r"STACK:(\d+)", usage) == ["0"]
-        assert re.findall(r"LOCAL:(\d+)", usage) == ["0"]
+        assert_no_spills(done, tmp_path)
         return done
 
     return compiled

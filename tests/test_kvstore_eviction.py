@@ -8,7 +8,7 @@ from kvstore.eviction import EvictionPolicy, LeastRecentlyUsed
 from kvstore.keys import PageKey
 from kvstore.page_state import PageId
 from kvstore.pool import PagePool
-from kvstore.replay import replay
+from kvstore.replay import replay, serve
 from kvstore.reuse_rate import ReuseRate
 
 POLICIES = [lambda pages: LeastRecentlyUsed(), ReuseRate]
@@ -48,18 +48,6 @@ class Watched(PagePool):
         self.held.discard(gone)
         self.left.append(gone)
 
-    def serve(self, keys: list[PageKey]) -> int:
-        pages, credit = self.admit(keys, len(keys))
-        found = len(pages)
-        for one in keys[found:]:
-            page = credit.take()
-            self.begin_fill(page)
-            self.seal(page, one)
-            pages.append(page)
-        self.held.update(keys)
-        self.release(reversed(pages))
-        return found
-
 
 @pytest.mark.parametrize("make", POLICIES)
 @pytest.mark.parametrize("seed", range(5))
@@ -72,7 +60,8 @@ def test_no_page_outlives_its_parent(make, seed):
         path = prompt(*(min(int(draw.expovariate(0.7)), 9) for _ in range(draw.randint(1, 12))))
         parents.update(zip(path[1:], path, strict=False))
         before = len(pool.left)
-        pool.serve(path)
+        serve(pool, path)
+        pool.held.update(path)
         for gone in pool.left[before:]:
             assert not any(parents.get(child) == gone for child in pool.held)
         assert (pool.held_pages, pool.available_pages) == (0, 64)
@@ -102,24 +91,12 @@ def test_reuse_rate_follows_a_load_that_changes():
     policy = ReuseRate(64)
     pool = PagePool(64, policy=policy)
     old = [PageKey(b"old%5d" % block + b"\0" * 8) for block in range(32)]
-
-    def serve(keys: list[PageKey]) -> int:
-        pages, credit = pool.admit(keys, len(keys))
-        found = len(pages)
-        for one in keys[found:]:
-            page = credit.take()
-            pool.begin_fill(page)
-            pool.seal(page, one)
-            pages.append(page)
-        pool.release(reversed(pages))
-        return found
-
     for turn in range(200):
-        serve(old)
-        serve([PageKey(b"a%7d" % turn + b"\0" * 8)])
+        serve(pool, old)
+        serve(pool, [PageKey(b"a%7d" % turn + b"\0" * 8)])
     for turn in range(4000):
-        serve([PageKey(b"b%7d" % turn + b"\0" * 8)])
-    assert serve(old) == 0
+        serve(pool, [PageKey(b"b%7d" % turn + b"\0" * 8)])
+    assert serve(pool, old) == 0
 
 
 def test_what_is_known_of_pages_that_left_is_bounded():

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.philox import philox4x32, uniform
+from kernels.philox import philox4x32, uniform
 
 # kat_vectors of Random123 1.14, "philox 4x32 10": counter, key, words
 VECTORS = [
