@@ -34,16 +34,16 @@ check: install  ## ruff, mypy and the fast tests
 	$(BIN)/python -m pytest -m "not cluster" -q
 
 gpu-test:  ## kernels, engine, transports on a CUDA device, with that machine's own Python; FLAGS="-n 8" in parallel
-	PYTHONPATH=.:tests $(PYTHON) -m pytest -m gpu --noconftest -p no:cacheprovider -c tests/gpu/pytest.ini --rootdir . $(FLAGS) tests/gpu
+	PYTHONPATH=.:tests:$$PYTHONPATH $(PYTHON) -m pytest -m gpu --noconftest -p no:cacheprovider -c tests/gpu/pytest.ini --rootdir . $(FLAGS) tests/gpu
 
 gpu-bench:  ## the kernels against their peers on a CUDA device; FA3=path of FlashAttention-3's library
-	PYTHONPATH=. $(PYTHON) -m benchmarks.attention_kernels $(if $(FA3),--fa3 $(FA3)) --out benchmarks/results/kernels.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks.decode_linear --out benchmarks/results/decode_linear.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks.sampling --out benchmarks/results/sampling.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks.engine --name engine
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.attention_kernels $(if $(FA3),--fa3 $(FA3)) --out benchmarks/results/kernels.json
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.decode_linear --out benchmarks/results/decode_linear.json
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.sampling --out benchmarks/results/sampling.json
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.engine --name engine
 
 gpu-e2e:  ## a real cluster on this machine's GPUs: its answers checked, its times taken
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_e2e --name gpu_e2e
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu_e2e --name gpu_e2e
 
 format: install  ## let ruff rewrite
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
