@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from decode_worker.puller import Pulled, Puller
 from kvstore.pool import PagePool
 from protos.errors import DiptychError
 from protos.v1 import worker_pb2
 from worker.loan import Loan
+from worker.puller import Pulled, Puller
 
 _PULLS = 5  # of each size; before them one that connects
 _PULL_S = 10.0

@@ -7,12 +7,12 @@ from time import monotonic
 
 from decode_worker.arrival import Arrival
 from decode_worker.measurement import Measurement
-from decode_worker.puller import Pulled, Puller
 from engine.engine import Engine
 from kvstore.pool import OutOfPages
 from protos.errors import DeadlineExceeded, DiptychError, InvalidRequest, Overloaded
 from protos.v1 import worker_pb2
 from worker.finish import finish_reason
+from worker.puller import Pulled, Puller
 from worker.requests import sequence_of
 from worker.role import Role
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from decode_worker.puller import Puller
 from decode_worker.role import DecodeRole
 from engine.engine import Engine
 from worker.host import WorkerHost
+from worker.puller import Puller
 
 
 class DecodeWorker(WorkerHost):

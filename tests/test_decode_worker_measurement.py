@@ -1,10 +1,10 @@
 """What a measurement makes of its pulls, and that its pages come back however they end."""
 
 from decode_worker.measurement import Measurement
-from decode_worker.puller import Pulled
 from kvstore.pool import PagePool
 from protos.errors import StalePage
 from protos.v1 import worker_pb2
+from worker.puller import Pulled
 
 SOURCE = worker_pb2.PageSource(worker_id="p")
 REFS = [worker_pb2.PageRef(index=i, page=50 + i) for i in range(4)]

@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from decode_worker.puller import Pulled
 from decode_worker.role import DecodeRole
 from kvstore.keys import page_keys
 from protos.errors import DiptychError, StalePage
 from protos.v1 import common_pb2, worker_pb2
 from role_kit import ROOT, assert_empty, cancel, make_engine, request, updates
+from worker.puller import Pulled
 
 
 class ScriptedPuller:

@@ -7,6 +7,37 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LocateRequest(_message.Message):
+    __slots__ = ("page_keys",)
+    PAGE_KEYS_FIELD_NUMBER: _ClassVar[int]
+    page_keys: bytes
+    def __init__(self, page_keys: _Optional[bytes] = ...) -> None: ...
+
+class LocateResponse(_message.Message):
+    __slots__ = ("pages",)
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    pages: _containers.RepeatedCompositeFieldContainer[PageRef]
+    def __init__(self, pages: _Optional[_Iterable[_Union[PageRef, _Mapping]]] = ...) -> None: ...
+
+class FollowRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SealedPages(_message.Message):
+    __slots__ = ("pages",)
+    class Page(_message.Message):
+        __slots__ = ("key", "family", "ref")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        FAMILY_FIELD_NUMBER: _ClassVar[int]
+        REF_FIELD_NUMBER: _ClassVar[int]
+        key: bytes
+        family: bytes
+        ref: PageRef
+        def __init__(self, key: _Optional[bytes] = ..., family: _Optional[bytes] = ..., ref: _Optional[_Union[PageRef, _Mapping]] = ...) -> None: ...
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    pages: _containers.RepeatedCompositeFieldContainer[SealedPages.Page]
+    def __init__(self, pages: _Optional[_Iterable[_Union[SealedPages.Page, _Mapping]]] = ...) -> None: ...
+
 class RouterMessage(_message.Message):
     __slots__ = ("hello", "prefill", "decode", "pages", "start", "cancel", "release")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -32,20 +63,32 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Prefill(_message.Message):
-    __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s")
+    __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s", "fetch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PAGE_KEYS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: bytes
     page_keys: bytes
     sampling: _common_pb2.SamplingParams
     end_token_ids: _containers.RepeatedScalarFieldContainer[int]
     deadline_s: float
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., page_keys: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    fetch: Fetch
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., page_keys: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("source", "address", "pages")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    source: PageSource
+    address: str
+    pages: int
+    def __init__(self, source: _Optional[_Union[PageSource, _Mapping]] = ..., address: _Optional[str] = ..., pages: _Optional[int] = ...) -> None: ...
 
 class Decode(_message.Message):
     __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s", "source")
@@ -86,14 +129,16 @@ class Endpoint(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class PageRef(_message.Message):
-    __slots__ = ("index", "page", "generation")
+    __slots__ = ("index", "page", "generation", "checksum")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PAGE_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     index: int
     page: int
     generation: int
-    def __init__(self, index: _Optional[int] = ..., page: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, index: _Optional[int] = ..., page: _Optional[int] = ..., generation: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Pages(_message.Message):
     __slots__ = ("request_id", "pages")

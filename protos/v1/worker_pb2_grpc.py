@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=protos_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_worker__pb2.WorkerDescription.FromString,
                 _registered_method=True)
+        self.Follow = channel.unary_stream(
+                '/diptych.v1.Worker/Follow',
+                request_serializer=protos_dot_v1_dot_worker__pb2.FollowRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_worker__pb2.SealedPages.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/diptych.v1.Worker/Drain',
                 request_serializer=protos_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
@@ -74,6 +79,13 @@ class WorkerServicer:
 
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Follow(self, request, context):
+        """Every page that is sealed and under a key: those that are here now, then each new one. For a page store of the node.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -111,6 +123,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_v1_dot_worker__pb2.WorkerDescription.SerializeToString,
+            ),
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=protos_dot_v1_dot_worker__pb2.FollowRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_worker__pb2.SealedPages.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -193,6 +210,33 @@ class Worker:
             _registered_method=True)
 
     @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diptych.v1.Worker/Follow',
+            protos_dot_v1_dot_worker__pb2.FollowRequest.SerializeToString,
+            protos_dot_v1_dot_worker__pb2.SealedPages.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Drain(request,
             target,
             options=(),
@@ -263,6 +307,82 @@ class Worker:
             '/diptych.v1.Worker/Measure',
             protos_dot_v1_dot_worker__pb2.MeasureRequest.SerializeToString,
             protos_dot_v1_dot_worker__pb2.MeasureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class PageHolderStub:
+    """Anyone who has pages that others may want: every worker, and every node's page store.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Locate = channel.unary_unary(
+                '/diptych.v1.PageHolder/Locate',
+                request_serializer=protos_dot_v1_dot_worker__pb2.LocateRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_worker__pb2.LocateResponse.FromString,
+                _registered_method=True)
+
+
+class PageHolderServicer:
+    """Anyone who has pages that others may want: every worker, and every node's page store.
+    """
+
+    def Locate(self, request, context):
+        """Where the leading run of these pages is. Nothing is held for the caller: a page that goes meanwhile fails the fence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PageHolderServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=protos_dot_v1_dot_worker__pb2.LocateRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_worker__pb2.LocateResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'diptych.v1.PageHolder', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('diptych.v1.PageHolder', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PageHolder:
+    """Anyone who has pages that others may want: every worker, and every node's page store.
+    """
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.PageHolder/Locate',
+            protos_dot_v1_dot_worker__pb2.LocateRequest.SerializeToString,
+            protos_dot_v1_dot_worker__pb2.LocateResponse.FromString,
             options,
             channel_credentials,
             insecure,

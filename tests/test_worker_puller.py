@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from decode_worker.puller import Pulled, Puller
 from kvstore.segment import Segment
 from kvstore.transports.shm import ShmReader
 from kvstore_owner import SMALL, Owner
 from protos import errors
 from protos.v1 import worker_pb2
+from worker.puller import Pulled, Puller
 
 PATIENCE_S = 20.0
 
