@@ -11,7 +11,7 @@ from kernels.hopper_decode_schedule import SPLIT, DecodeSchedule, part_size, spa
 from kernels.triton_kernel import next_power_of_2
 
 LOG2_E = 1.4426950408889634
-ROWS_AT_ONCE = 8  # of a tile, by one program
+ROWS_AT_ONCE = 8  # of a tile, by one program: a warp by itself, so that nothing waits at a barrier
 
 
 def merge_parts(
@@ -52,7 +52,7 @@ def merge_arguments(
     constants: dict[str, object] = {
         "KV_HEADS": kv_heads, "GROUP": group, "ROWS": next_power_of_2(schedule.queries * group), "HD": d,
         "QUERIES": schedule.queries, "WINDOW": schedule.window, "PARTS": schedule.parts, "SPLIT": SPLIT,
-        "WITH_LSE": lse is not None, "WITH_REST": rest is not None, "BLOCK": ROWS_AT_ONCE, "num_warps": 4,
+        "WITH_LSE": lse is not None, "WITH_REST": rest is not None, "BLOCK": ROWS_AT_ONCE, "num_warps": 1,
     }  # fmt: skip
     return arguments, constants
 
@@ -65,7 +65,7 @@ def merge_parts_kernel(
     SPLIT: tl.constexpr, WITH_LSE: tl.constexpr, WITH_REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program for BLOCK rows of a tile, which are query heads of one KV head as in `decode_kernel`."""
-    AT_ONCE: tl.constexpr = 8  # parts; not the batch's matter, or results would differ by it
+    AT_ONCE: tl.constexpr = 4  # parts; not the batch's matter, or results would differ by it
     b = tl.program_id(0)
     h = tl.program_id(1)
     _, n = span(tl.load(Lens + b), 0, QUERIES, WINDOW, False)
@@ -74,25 +74,27 @@ def merge_parts_kernel(
     token = b * QUERIES + row // GROUP
     at = token * (KV_HEADS * GROUP) + h * GROUP + row % GROUP
     inside = (row < QUERIES * GROUP) & (token < tokens)
-    d = tl.arange(0, HD)
+    d = tl.arange(0, HD)[None, :]
     top = tl.full([BLOCK], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, HD], tl.float32)
     if WITH_REST:
         rest_lse = tl.load(RestLse + at, mask=inside, other=float("-inf"))
+        # Loaded without knowing whether there is any: the one does not wait for the other.
+        rest = tl.load(Rest + at[:, None] * HD + d, mask=inside[:, None], other=0.0)
         some = rest_lse > float("-inf")
         top = tl.where(some, rest_lse * 1.4426950408889634, top)
         total = tl.where(some, 1.0, 0.0)
-        acc = tl.load(Rest + at[:, None] * HD + d[None, :], mask=some[:, None], other=0.0)
+        acc = tl.where(some[:, None], rest, 0.0)
     for first in range(0, parts, AT_ONCE):
         part = first + tl.arange(0, AT_ONCE)
         slot = (b * KV_HEADS + h) * PARTS + part
         ok = (part < parts)[:, None] & inside[None, :]
         stat = slot[:, None] * (2 * ROWS) + row[None, :]
+        place = (slot[:, None] * ROWS + row[None, :])[:, :, None] * HD + d[None, :, :]
+        value = tl.load(Part + place, mask=ok[:, :, None], other=0.0)
         m = tl.load(Stat + stat, mask=ok, other=-1.0e30)  # [AT_ONCE, BLOCK]
         weight_of = tl.load(Stat + stat + ROWS, mask=ok, other=0.0)
-        place = (slot[:, None] * ROWS + row[None, :])[:, :, None] * HD + d[None, None, :]
-        value = tl.load(Part + place, mask=ok[:, :, None], other=0.0)
         m = tl.where(weight_of > 0, m * scale, -1.0e30)
         new = tl.maximum(top, tl.max(m, 0))
         old = tl.exp2(top - new)
@@ -103,7 +105,7 @@ def merge_parts_kernel(
     seen = total > 0
     total = tl.where(seen, total, 1.0)
     out = acc / total[:, None]
-    tl.store(Out + at[:, None] * HD + d[None, :], out.to(Out.dtype.element_ty), mask=inside[:, None])
+    tl.store(Out + at[:, None] * HD + d, out.to(Out.dtype.element_ty), mask=inside[:, None])
     if WITH_LSE:
         lse = tl.where(seen, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
         tl.store(Lse + at, lse, mask=inside)

@@ -13,18 +13,20 @@ from kernels.hopper_tiles import PrefillTiles
 from kernels.triton_kernel import next_power_of_2
 
 LOG2_E = 1.4426950408889634
-LONG_KEYS = 1500  # measured, TFLOP/s of two and three groups at 1,024 mean keys: 398, 389; at 2,048: 426, 453
+LONG_KEYS = 1500  # measured, TFLOP/s of two and three groups at 1,024 mean keys: 412, 396; at 2,048: 426, 441
 
 
-def _store_layout(head_dim: int) -> gl.DistributedLinearLayout:
-    """16-byte pieces a lane; four lanes share a row, as in the accumulator, so that they trade among themselves."""
-    columns = [1 << i for i in range(5, head_dim.bit_length() - 1)]
+def _store_layout(wide: int, lane_rows: int) -> gl.DistributedLinearLayout:
+    """16-byte pieces a lane, a warp's lanes side by side on so many rows; a warp keeps its rows of the accumulator."""
+    columns = [1 << i for i in range(3, wide.bit_length() - 1)]
+    rows = [1 << i for i in range(4)]
+    across, apart = 6 - lane_rows.bit_length(), lane_rows.bit_length() - 1  # bits of a lane's number: columns, rows
     return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], *([0, c] for c in columns), [8, 0]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[0, 1], [0, 2], [0, 4], *([0, c] for c in columns[across:]), *([r, 0] for r in rows[apart:])],
+        [*([0, c] for c in columns[:across]), *([r, 0] for r in rows[:apart])],
         [[16, 0], [32, 0]],
         [],
-        [64, head_dim],
+        [64, wide],
     )
 
 
@@ -108,10 +110,13 @@ def prefill_arguments(
         (soft_cap or d**-0.5) * LOG2_E, layer * 2 * rows, layers * 2 * rows,
     )  # fmt: skip
     two = tiles.groups == 2
+    # Whole rows, but where an option leaves no register for their addresses: pieces of 64 bytes need fewer.
+    lane_rows = 8 if window or soft_cap else 256 // wide
     constants: dict[str, object] = {
         "GROUPS": tiles.groups, "HEADS": heads, "KV_HEADS": kv_heads, "HD": d, "WIDE": wide, "KEYS": tiles.keys,
-        "PAGE": page_size, "ST": 2 if two else 3, "QB": 2 if two and d < 256 else 1, "STORE_L": _store_layout(wide),
-        "WITH_LSE": lse is not None, "WINDOW": window, "SOFT_CAP": float(soft_cap),
+        "PAGE": page_size, "ST": 2 if two else 4, "QB": 2 if two and d < 256 else 1,
+        "STORE_L": _store_layout(wide, lane_rows), "LANE_ROWS": lane_rows, "WITH_LSE": lse is not None,
+        "WINDOW": window, "SOFT_CAP": float(soft_cap),
         "num_warps": 4, "maxnreg": 168 if two else 128,
     }  # fmt: skip
     return arguments, constants

@@ -6,8 +6,8 @@ as in FlashAttention-3, Shah et al. 2024). A step handles a block of 128 keys, o
 they go from the newest to the oldest, so that only the first steps mask, and the last ones where there is a window.
 - Two groups, 240 registers a thread: S(n) = Q K(n)^T and O += P(n+1) V(n+1) are issued together and the softmax of S(n)
   runs under the second.
-- Three groups, 160 registers: no room to carry P, each step is S, softmax, P V; the groups run under each other. At
-  head_dim 64, where a step has as much softmax as matrix product, this is faster for long contexts.
+- Three groups, 160 registers, at head_dim 64 for long contexts: a step has as much softmax as matrix product there, and
+  the groups run under each other. With a window there is no room to carry P: each step is S, softmax, P V.
 
 Heads of 96 are computed as heads of 128 with zeros: TMA brings zeros where a box goes past a row's end.
 """
@@ -47,12 +47,13 @@ def _record(tile):
 def _compute_tiles(
     q_s, k_s, v_s, q_full, k_full, v_full, Out, Lse, Tiles, Counts, rounds, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, HD: gl.constexpr, WIDE: gl.constexpr,
-    KEYS: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, STORE_L: gl.constexpr, WITH_LSE: gl.constexpr,
-    WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
+    KEYS: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, STORE_L: gl.constexpr, LANE_ROWS: gl.constexpr,
+    WITH_LSE: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
+    CARRY: gl.constexpr = GROUPS == 2 or WINDOW == 0  # P, from a step to the next
     count = gl.load(Counts + gl.program_id(0))
     tiles = Tiles + gl.program_id(0) * rounds * 8
     it = gl.to_tensor(0)
@@ -75,7 +76,7 @@ def _compute_tiles(
         if edge < KEYS * 256:  # the last block is not full
             mbarrier.wait(v_full.index(ks), phase)
             clear_tail(v_s.index(ks), edge >> 8, GROUP, GROUPS, WIDE, KEYS)
-        if GROUPS == 2:
+        if CARRY:
             mbarrier.wait(k_full.index(ks), phase)
             zero = gl.zeros([64, KEYS], gl.float32, layout=S_L)
             s = warpgroup_mma(q, k_s.index(ks).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -119,16 +120,16 @@ def _compute_tiles(
                     acc, m, total, it, 0, q, k_s, v_s, k_full, v_full, sees, scale,
                     ST, GROUPS, False, HD, KEYS, WINDOW, SOFT_CAP, S_L, P_L, O_L)  # fmt: skip
                 it += 1
-            if WINDOW:
-                for i in range(oldest):
-                    acc, m, total = plain_step(
-                        acc, m, total, it, oldest - 1 - i, q, k_s, v_s, k_full, v_full, sees, scale,
-                        ST, GROUPS, True, HD, KEYS, WINDOW, SOFT_CAP, S_L, P_L, O_L)  # fmt: skip
-                    it += 1
+            for i in range(oldest):
+                acc, m, total = plain_step(
+                    acc, m, total, it, oldest - 1 - i, q, k_s, v_s, k_full, v_full, sees, scale,
+                    ST, GROUPS, True, HD, KEYS, WINDOW, SOFT_CAP, S_L, P_L, O_L)  # fmt: skip
+                it += 1
             bar_arrive(Q_FREE + r % QB, 128 * GROUPS + 32)
         if GROUPS == 2:
             following = gl.minimum(r + 1, count - 1)  # its record is loaded under the last product
             next_row, next_sees, next_work, next_edge = _record(tiles + following * 8)
+        if CARRY:
             acc = warpgroup_mma_wait(0, deps=[acc])
             bar_arrive(V_FREE + (it - 1) % ST, 128 * GROUPS + 32)
         whole = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S_L))
@@ -136,7 +137,7 @@ def _compute_tiles(
         head = work >> 16
         first, inside = q_row + GROUP * 64, (edge & 0xFF) - GROUP * 64
         out = gl.convert_layout(acc.to(q.dtype), STORE_L)
-        store_rows(Out, out, first, inside, head * HD, HEADS * HD, HD, WIDE)
+        store_rows(Out, out, first, inside, head * HD, HEADS * HD, HD, WIDE, LANE_ROWS)
         if WITH_LSE:
             lse = (m * scale + gl.log2(whole)) * 0.6931471805599453
             store_lse(Lse, lse, first, inside, head, HEADS)
@@ -149,7 +150,7 @@ def prefill_kernel(
     q_desc, kv_desc, Out, Lse, Table, Tiles, Counts, rounds, scale, first_row, page_rows,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HD: gl.constexpr, WIDE: gl.constexpr,
     KEYS: gl.constexpr, PAGE: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, STORE_L: gl.constexpr,
-    WITH_LSE: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
+    LANE_ROWS: gl.constexpr, WITH_LSE: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """Tiles and Counts: `PrefillTiles`. first_row: of the layer's K in the pool seen as [rows, d]; page_rows: a page's.
 
@@ -179,20 +180,25 @@ def prefill_kernel(
     if GROUPS == 2:
         gl.warp_specialize([
             (_compute_tiles, (q_s, k_s, v_s, q_full, k_full, v_full, Out, Lse, Tiles, Counts, rounds, scale,
-                              0, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, WITH_LSE, WINDOW, SOFT_CAP)),
+                              0, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, LANE_ROWS, WITH_LSE,
+                              WINDOW, SOFT_CAP)),
             (_compute_tiles, (q_s, k_s, v_s, q_full, k_full, v_full, Out, Lse, Tiles, Counts, rounds, scale,
-                              1, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, WITH_LSE, WINDOW, SOFT_CAP)),
+                              1, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, LANE_ROWS, WITH_LSE,
+                              WINDOW, SOFT_CAP)),
             (fetch_tiles, (q_desc, kv_desc, q_s, k_t, v_t, q_full, k_full, v_full, Table, Tiles, Counts, rounds,
                            first_row, page_rows, GROUPS, HEADS, KV_HEADS, HD, WIDE, KEYS, PAGE, ST, QB)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_compute_tiles, (q_s, k_s, v_s, q_full, k_full, v_full, Out, Lse, Tiles, Counts, rounds, scale,
-                              0, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, WITH_LSE, WINDOW, SOFT_CAP)),
+                              0, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, LANE_ROWS, WITH_LSE,
+                              WINDOW, SOFT_CAP)),
             (_compute_tiles, (q_s, k_s, v_s, q_full, k_full, v_full, Out, Lse, Tiles, Counts, rounds, scale,
-                              1, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, WITH_LSE, WINDOW, SOFT_CAP)),
+                              1, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, LANE_ROWS, WITH_LSE,
+                              WINDOW, SOFT_CAP)),
             (_compute_tiles, (q_s, k_s, v_s, q_full, k_full, v_full, Out, Lse, Tiles, Counts, rounds, scale,
-                              2, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, WITH_LSE, WINDOW, SOFT_CAP)),
+                              2, GROUPS, HEADS, HD, WIDE, KEYS, ST, QB, STORE_L, LANE_ROWS, WITH_LSE,
+                              WINDOW, SOFT_CAP)),
             (fetch_tiles, (q_desc, kv_desc, q_s, k_t, v_t, q_full, k_full, v_full, Table, Tiles, Counts, rounds,
                            first_row, page_rows, GROUPS, HEADS, KV_HEADS, HD, WIDE, KEYS, PAGE, ST, QB)),
         ], [4, 4, 1], [160, 160, 32])  # fmt: skip

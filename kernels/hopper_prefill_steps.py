@@ -91,13 +91,53 @@ def mask(s, sees, KEYS: gl.constexpr, WINDOW: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, total, scale, KEYS: gl.constexpr):
-    new = gl.maximum(m, gl.max(s, 1))
+def _softmax(s, m, total, scale, KEYS: gl.constexpr, WINDOW: gl.constexpr):
+    """The maximum that scores are taken from stays until a score is 2^8 times over it: sums have room for that, and acc
+    is seldom rescaled (FlashAttention-4's conditional rescaling). Windows take part in neither, see `_rescale`."""
+    top = gl.max(s, 1)
+    new = gl.maximum(m, top) if WINDOW else gl.where((top - m) * scale > 8.0, top, m)
     old = gl.exp2((m - new) * scale)
     p = gl.exp2(s * scale - gl.expand_dims(new * scale, 1))
     kept = gl.convert_layout(old, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
     total = total * gl.expand_dims(kept, 1) + lane_sums(p, KEYS)
     return p, old, new, total
+
+
+def _rescale_asm(n: int) -> str:
+    """$0..: n elements of a thread times their factors, passed over where no flag of any lane of the warp is set."""
+    lines = [f"{{ .reg .pred some; .reg .b32 flags; mov.b32 flags, ${3 * n};"]
+    lines += [f"or.b32 flags, flags, ${3 * n + i};" for i in range(1, n)]
+    lines += ["setp.ne.s32 some, flags, 0; vote.sync.any.pred some, some, 0xffffffff;"]
+    lines += [f"mov.b32 ${i}, ${n + i};" for i in range(n)]
+    lines += ["@!some bra DONE;", *(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)), "DONE: }"]
+    return " ".join(lines)
+
+
+_RESCALE = gl.constexpr(_rescale_asm(32))
+_RESCALE_OPERANDS = gl.constexpr("=&f," * 32 + "f," * 64 + "r," * 31 + "r")
+
+
+@gluon.jit
+def _rescale(acc, old, WINDOW: gl.constexpr, O_L: gl.constexpr):
+    """acc * old, row by row; a warp that has nothing to change passes over it.
+
+    A branch of a warp needs PTX: in Triton all warps would have to agree, at a barrier. Every element comes with its
+    factor and with a flag that is set wherever the factor is not one, so which elements PTX is given together makes no
+    difference. Windows are computed without it: their kernel would be a register short, and has fewer steps.
+    """
+    factor = gl.expand_dims(gl.convert_layout(old, gl.SliceLayout(1, O_L)), 1)
+    if WINDOW:
+        acc = acc * factor
+    else:
+        # One flag for the two rows that a thread has: the compiler sees that 32 flags are the same register.
+        flag = gl.max(gl.reshape((old != 1.0).to(gl.int32), (4, 2, 8)), 1)
+        flag, _ = gl.broadcast(gl.expand_dims(flag, 1), gl.reshape(old, (4, 2, 8)))
+        flag = gl.expand_dims(gl.convert_layout(gl.reshape(flag, (64,)), gl.SliceLayout(1, O_L)), 1)
+        flag, _ = gl.broadcast(flag, acc)
+        factor, _ = gl.broadcast(factor, acc)
+        arguments = [acc, factor, flag]
+        acc = gl.inline_asm_elementwise(_RESCALE, _RESCALE_OPERANDS, arguments, gl.float32, is_pure=True, pack=32)
+    return acc
 
 
 @gluon.jit
@@ -108,23 +148,25 @@ def overlapped_step(
     S_L: gl.constexpr, P_L: gl.constexpr, O_L: gl.constexpr,
 ):  # fmt: skip
     """S of this block and P V of the one before. p crosses the loop as float32 (bf16 would be taken apart and packed
-    again); the wait for V, a branch, keeps the compiler from moving the wait for P V above the exponentials."""
+    again) and is rounded before S is begun: three groups have no registers for both. The wait for V, a branch, keeps
+    the compiler from moving the wait for P V above the exponentials."""
     ks, phase = it % ST, (it // ST) & 1
     vs = (it - 1) % ST
+    weights = gl.convert_layout(p.to(q.dtype), P_L)
     mbarrier.wait(k_full.index(ks), phase)
     zero = gl.zeros([64, KEYS], gl.float32, layout=S_L)
     s = warpgroup_mma(q, k_s.index(ks).permute((1, 0)), zero, use_acc=False, is_async=True)
-    acc = warpgroup_mma(gl.convert_layout(p.to(q.dtype), P_L), v_s.index(vs), acc, is_async=True)
+    acc = warpgroup_mma(weights, v_s.index(vs), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     bar_arrive(K_FREE + ks, 128 * GROUPS + 32)
     s = cap(s, HD, SOFT_CAP)
     if MASK:
         s = mask(s, sees - block * KEYS, KEYS, WINDOW)
-    p, old, m, total = _softmax(s, m, total, scale, KEYS)
+    p, old, m, total = _softmax(s, m, total, scale, KEYS, WINDOW)
     mbarrier.wait(v_full.index(ks), phase)
     acc, p, total = warpgroup_mma_wait(0, deps=[acc, p, total])
     bar_arrive(V_FREE + vs, 128 * GROUPS + 32)
-    acc = acc * gl.expand_dims(gl.convert_layout(old, gl.SliceLayout(1, O_L)), 1)
+    acc = _rescale(acc, old, WINDOW, O_L)
     return acc, m, total, p
 
 
@@ -135,7 +177,7 @@ def plain_step(
     HD: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
     S_L: gl.constexpr, P_L: gl.constexpr, O_L: gl.constexpr,
 ):  # fmt: skip
-    """S, softmax and P V of one block, one after another."""
+    """S, softmax and P V of one block, one after another: what three groups do where there is a window."""
     st, phase = it % ST, (it // ST) & 1
     mbarrier.wait(k_full.index(st), phase)
     zero = gl.zeros([64, KEYS], gl.float32, layout=S_L)
@@ -145,8 +187,8 @@ def plain_step(
     s = cap(s, HD, SOFT_CAP)
     if MASK:
         s = mask(s, sees - block * KEYS, KEYS, WINDOW)
-    p, old, m, total = _softmax(s, m, total, scale, KEYS)
-    acc = acc * gl.expand_dims(gl.convert_layout(old, gl.SliceLayout(1, O_L)), 1)
+    p, old, m, total = _softmax(s, m, total, scale, KEYS, WINDOW)
+    acc = _rescale(acc, old, WINDOW, O_L)
     weights = gl.convert_layout(p.to(q.dtype), P_L)
     mbarrier.wait(v_full.index(st), phase)
     acc = warpgroup_mma(weights, v_s.index(st), acc, is_async=True)
@@ -173,12 +215,16 @@ def clear_tail(v, keys, GROUP: gl.constexpr, GROUPS: gl.constexpr, WIDE: gl.cons
 
 
 @gluon.jit
-def store_rows(Out, out, first_row, rows, column, TOKEN: gl.constexpr, HD: gl.constexpr, WIDE: gl.constexpr):
-    """The first rows of out [64, WIDE], in the layout `STORE_L`, to Out [tokens, TOKEN] from a row and column on."""
-    parts = gl.reshape(out, (4, 2, 8, WIDE, 1, 1))
+def store_rows(
+    Out, out, first_row, rows, column,
+    TOKEN: gl.constexpr, HD: gl.constexpr, WIDE: gl.constexpr, LANE_ROWS: gl.constexpr,
+):  # fmt: skip
+    """The first rows of out [64, WIDE], a warp's lanes side by side on LANE_ROWS of them, to Out [tokens, TOKEN] from a
+    row and column on."""
+    parts = gl.reshape(out, (4, 16 // LANE_ROWS, LANE_ROWS, WIDE, 1, 1))
     L: gl.constexpr = parts.type.layout
-    row = 16 * along(0, 4, L) + along(2, 8, L)
-    apart = 8 * along(1, 2, L)
+    row = 16 * along(0, 4, L) + along(2, LANE_ROWS, L)
+    apart = LANE_ROWS * along(1, 16 // LANE_ROWS, L)
     col = along(3, WIDE, L)
     inside = apart < rows - row
     if HD < WIDE:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, no_type_check
 import torch
 from torch import Tensor
 
-from kernels.triton_kernel import TritonKernel, next_power_of_2
+from kernels.triton_kernel import TritonKernel
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+_BLOCK = 128  # rows of a program: one compiled kernel for batches of all sizes
 
 
 def row_places(context_lens: Tensor, page_table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -37,10 +39,10 @@ def row_places_torch(context_lens: Tensor, page_table: Tensor, page_size: int) -
 
 
 def row_places_triton(context_lens: Tensor, page_table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """One program for all rows."""
+    """One launch of programs for 128 rows each."""
     rows = context_lens.shape[0]
     positions, slots = torch.empty(2, rows, dtype=torch.int64, device=context_lens.device)
-    _row_places[(1,)](
+    _row_places[(-(-rows // _BLOCK),)](
         context_lens,
         page_table,
         positions,
@@ -48,7 +50,7 @@ def row_places_triton(context_lens: Tensor, page_table: Tensor, page_size: int) 
         rows,
         page_table.stride(0),
         PAGE_SIZE=page_size,
-        BLOCK=next_power_of_2(rows),
+        BLOCK=_BLOCK,
         num_warps=4,
     )
     return positions, slots
@@ -76,9 +78,9 @@ def advance_rows_torch(token_ids: Tensor, context_lens: Tensor, ids: Tensor) -> 
 
 
 def advance_rows_triton(token_ids: Tensor, context_lens: Tensor, ids: Tensor) -> None:
-    """One program for all rows."""
+    """One launch of programs for 128 rows each."""
     rows = context_lens.shape[0]
-    _advance_rows[(1,)](token_ids, context_lens, ids, rows, BLOCK=next_power_of_2(rows), num_warps=4)
+    _advance_rows[(-(-rows // _BLOCK),)](token_ids, context_lens, ids, rows, BLOCK=_BLOCK, num_warps=4)
 
 
 def _check(context_lens: Tensor) -> None:
@@ -98,7 +100,7 @@ def _row_places(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     context = tl.load(context_lens_ptr + row, mask=inside, other=0)
     seated = context > 0
@@ -112,7 +114,7 @@ def _row_places(
 @TritonKernel
 @no_type_check
 def _advance_rows(token_ids_ptr, context_lens_ptr, ids_ptr, rows, BLOCK: tl.constexpr):
-    row = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     context = tl.load(context_lens_ptr + row, mask=row < rows, other=0)
     seated = context > 0
     token = tl.load(ids_ptr + row, mask=seated, other=0)

@@ -1,8 +1,10 @@
 """Triton kernels that cost nothing until one is launched."""
 
 from collections.abc import Callable
-from functools import cached_property
+from threading import Lock
 from typing import Any
+
+_lock = Lock()
 
 
 class TritonKernel:
@@ -14,15 +16,19 @@ class TritonKernel:
 
     def __init__(self, body: Callable[..., None]) -> None:
         self._body = body
+        self._jitted: Any = None
 
-    @cached_property
+    @property
     def jitted(self) -> Any:
-        """What `triton.jit` makes of the body."""
-        import triton
-        import triton.language
+        """What `triton.jit` makes of the body, the same for all threads."""
+        with _lock:
+            if self._jitted is None:
+                import triton
+                import triton.language
 
-        self._body.__globals__["tl"] = triton.language
-        return triton.jit(self._body)
+                self._body.__globals__["tl"] = triton.language
+                self._jitted = triton.jit(self._body)
+            return self._jitted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         """`kernel[grid](*arguments)` launches it, as in Triton."""

@@ -9,6 +9,7 @@ import torch
 from kernels.attention_plan import AttentionPlan
 from kernels.decode_attention import decode_attention_torch, decode_attention_triton
 from kernels.embedding import embedding_torch, embedding_triton
+from kernels.page_checksum import page_checksum_torch, page_checksum_triton
 from kernels.page_copy import page_gather, page_gather_triton, page_scatter, page_scatter_triton
 from kernels.page_write import page_write_torch, page_write_triton
 from kernels.prefill_attention import prefill_attention_torch, prefill_attention_triton
@@ -155,12 +156,19 @@ def test_page_copy():
     assert torch.equal(scattered, expected)
 
 
-def test_resident_rows():
-    table = torch.randint(0, 50, (5, 4), dtype=torch.int32)
-    lengths = torch.tensor([1, 64, 0, 33, 16], dtype=torch.int32)
+@pytest.mark.parametrize("words", [48, 4096, 2**16 + 5000])  # less than a block, one, and more than one program's
+def test_page_checksum(words):
+    pool, pages = torch.randint(-(2**31), 2**31, (5, words), dtype=torch.int32), torch.tensor([3, 0, 4])
+    assert torch.equal(page_checksum_triton(pool, pages), page_checksum_torch(pool, pages))
+
+
+@pytest.mark.parametrize("rows", [5, 130])
+def test_resident_rows(rows):
+    table = torch.randint(0, 50, (rows, 4), dtype=torch.int32)
+    lengths = torch.tensor([1, 64, 0, 33, 16], dtype=torch.int32).repeat(26)[:rows]
     for out, expected in zip(row_places_triton(lengths, table, 16), row_places_torch(lengths, table, 16), strict=True):
         assert torch.equal(out, expected)
-    tokens, ids = torch.arange(5), torch.arange(10, 15)
+    tokens, ids = torch.arange(rows), torch.arange(1000, 1000 + rows)
     expected_tokens, expected_lengths = tokens.clone(), lengths.clone()
     advance_rows_triton(tokens, lengths, ids)
     advance_rows_torch(expected_tokens, expected_lengths, ids)

@@ -11,6 +11,7 @@ from kernels.cascade_attention import cascade_attention_triton
 from kernels.decode_attention import decode_attention_triton
 from kernels.embedding import embedding_triton
 from kernels.merge_attention import merge_attention_triton
+from kernels.page_checksum import page_checksum_triton
 from kernels.page_copy import page_gather_triton, page_scatter_triton
 from kernels.page_write import page_write_triton
 from kernels.prefill_attention import prefill_attention_triton
@@ -146,8 +147,9 @@ def test_the_rest_of_a_layer(launches, tmp_path):
     silu_mul_triton(torch.empty(3, 2 * 14336, dtype=BF16))
     flat, pages = cache.view(2, -1), torch.tensor([1])
     page_scatter_triton(flat, pages, page_gather_triton(flat, pages))
+    page_checksum_triton(flat.view(torch.int32), pages)
     names = ["_rms_norm", "_rms_norm", "_rope", "_page_write", "_silu_mul", "_page_copy", "_page_copy"]
-    check(launches, tmp_path, names)
+    check(launches, tmp_path, [*names, "_page_checksum"])
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -13,6 +13,7 @@ from kernels.decode_attention import decode_attention_triton
 from kernels.embedding import embedding_triton
 from kernels.flash_attention import flash_attention_triton
 from kernels.merge_attention import merge_attention_triton
+from kernels.page_checksum import page_checksum_triton
 from kernels.page_copy import page_gather_triton, page_scatter_triton
 from kernels.page_write import page_write_triton
 from kernels.prefill_attention import prefill_attention_triton
@@ -60,6 +61,7 @@ def step(dtype: torch.dtype) -> None:
     silu_mul_triton(torch.empty(3, 2 * 14336, dtype=dtype))
     flat = cache.view(2, -1)
     page_scatter_triton(flat, ids[:1], page_gather_triton(flat, ids[:1]))
+    page_checksum_triton(flat.view(torch.int32), ids[:1])
     lengths, pages = torch.ones(64, dtype=torch.int32), torch.zeros(64, 128, dtype=torch.int32)
     row_places_triton(lengths, pages, 64)
     advance_rows_triton(ids, lengths[:3], ids)
