@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_FLAGS := --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test check gpu-test gpu-bench gpu-e2e format protos clean
+.PHONY: help install demo test check soak gpu-test gpu-bench gpu-e2e format protos clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,14 +33,20 @@ check: install  ## ruff, mypy and the fast tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not cluster" -q
 
+soak: install  ## 20 minutes of load while everything is killed, stopped, cut and slowed; then with a bug that it must find
+	MODEL_EFFORT=20 $(BIN)/python -m pytest --timeout 1800 tests/test_kvstore_store_model.py
+	PYTHONPATH=.:tests $(BIN)/python -m soak --minutes 20 --name soak
+	PYTHONPATH=.:tests $(BIN)/python -m soak --minutes 20 --name soak_planted_bug --planted-bug fence
+
 gpu-test:  ## kernels, engine, transports on a CUDA device, with that machine's own Python; FLAGS="-n 8" in parallel
 	PYTHONPATH=.:tests:$$PYTHONPATH $(PYTHON) -m pytest -m gpu --noconftest -p no:cacheprovider -c tests/gpu/pytest.ini --rootdir . $(FLAGS) tests/gpu
 
-gpu-bench:  ## the kernels against their peers on a CUDA device; FA3=path of FlashAttention-3's library
+gpu-bench:  ## the kernels against their peers on a CUDA device; FA3=path of FlashAttention-3's library, VLLM=vLLM's folder
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.attention_kernels $(if $(FA3),--fa3 $(FA3)) --out benchmarks/results/kernels.json
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.decode_linear --out benchmarks/results/decode_linear.json
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.sampling --out benchmarks/results/sampling.json
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.engine --name engine
+	$(if $(VLLM),PYTHONPATH=.:$(VLLM) $(PYTHON) -m benchmarks.vllm_engine --name engine_vllm)
 
 gpu-e2e:  ## a real cluster on this machine's GPUs: its answers checked, its times taken
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu_e2e --name gpu_e2e

@@ -4,7 +4,8 @@
 
 Decode: sequences are seated with pages of random numbers, as a decode worker seats them after a hand-over. The floor
 is the time to read all weights but the embedding, and all K and V of the batch, at the rate at which this GPU reads
-memory, measured in the same run. Prefill: prompts that share no prefix, saturated and one alone.
+memory, measured in the same run. Prefill: prompts that share no prefix, saturated and one alone; the floor is every
+product at the rate of one large one. `benchmarks.vllm_engine` measures the same of vLLM.
 """
 
 import argparse
@@ -15,13 +16,27 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from benchmarks.attention_kernels import read_ceiling
+from benchmarks.attention_kernels import medians, read_ceiling
+from benchmarks.engine_cells import (
+    ALONE,
+    DECODE,
+    MODEL,
+    PREFILL,
+    SATURATED,
+    STEPS,
+    WARM,
+    WINDOWS,
+    Json,
+    decode_floor_ms,
+    prefill_floor_tokens_per_s,
+)
+from benchmarks.engine_trace import steps_of, summary, trace
 from benchmarks.record import write_result
 from engine.config import EngineConfig
 from engine.device_runner import DeviceRunner
@@ -34,16 +49,12 @@ from kvstore.keys import PageKey, page_keys
 from kvstore.pool import PagePool
 
 ROOT = PageKey(bytes(16))
-MODEL = Path(__file__).parent / "configs" / "llama-3-8b.json"
 PAGE = 64
-DECODE = ((512, 1), (512, 16), (512, 64), (512, 256), (4096, 1), (4096, 16), (4096, 64), (4096, 96))  # context, batch
 SAMPLINGS = {
     "greedy": SamplingParams(),
     "top_p": SamplingParams(temperature=0.8, top_p=0.95, seed=7),
     "penalties": SamplingParams(temperature=0.8, top_p=0.95, frequency_penalty=0.5, logit_bias=((9, -1.0),), seed=7),
 }
-PREFILL = (512, 1024, 2048, 4096, 8192)
-Json = dict[str, Any]
 
 
 class Bench:
@@ -63,7 +74,7 @@ class Bench:
         settings = EngineConfig(
             page_size=PAGE, num_pages=pages, token_budget=token_budget, max_sequences=256, max_waiting=4096
         )
-        self.scheduler = Scheduler(PagePool(pages), settings, ROOT)
+        self.scheduler = Scheduler(PagePool(pages), settings)
         began = time.perf_counter()
         self.runner = DeviceRunner(self.loaded.model, self.cache, settings)
         self.graphs_s = time.perf_counter() - began
@@ -84,6 +95,7 @@ class Bench:
             sampling=sampling,
             end_ids=frozenset(),
             keys=page_keys(ROOT, tokens, PAGE),
+            root=ROOT,
         )
 
     def seat(self, context: int, batch: int, steps: int, sampling: str = "greedy") -> list[Sequence]:
@@ -91,7 +103,8 @@ class Bench:
         self.scheduler.pool.clear_cache()
         sequences = [self.sequence(context, steps + 2, SAMPLINGS[sampling]) for _ in range(batch)]
         for sequence in sequences:
-            sequence.pages, sequence.credit = self.scheduler.pool.admit([], self.scheduler.pages_for(sequence))
+            self.scheduler.admit(sequence, [])
+            assert sequence.credit is not None
             for _ in range(-(-context // PAGE)):
                 sequence.pages.append(sequence.credit.take())
                 self.scheduler.pool.begin_fill(sequence.pages[-1])
@@ -108,26 +121,21 @@ class Bench:
         self.scheduler.pool.clear_cache()
 
 
-def decode_row(
-    bench: Bench, context: int, batch: int, floor_bytes_per_s: float, sampling: str = "greedy", steps: int = 48
-) -> Json:
-    """Milliseconds a token, from the host's clock over many steps; and what the host's thread computed meanwhile."""
-    per_step, cpu = [], []
-    bench.seat(context, batch, 3 * steps + 8, sampling)
-    for _ in range(8):
+def decode_row(bench: Bench, context: int, batch: int, read_gb_per_s: float, sampling: str = "greedy") -> Json:
+    """Milliseconds a token, from the host's clock over many steps; and what was computed on the host meanwhile."""
+    clocks = (time.perf_counter, time.thread_time, time.process_time)
+    bench.seat(context, batch, WINDOWS * STEPS + WARM, sampling)
+    for _ in range(WARM):
         bench.engine.step()
-    for _ in range(3):
-        began, cpu_began = time.perf_counter(), time.thread_time()
-        for _ in range(steps):
+    windows = []
+    for _ in range(WINDOWS):
+        began = [clock() for clock in clocks]
+        for _ in range(STEPS):
             bench.engine.step()
-        per_step.append((time.perf_counter() - began) * 1e3 / steps)
-        cpu.append((time.thread_time() - cpu_began) * 1e3 / steps)
+        windows.append([(clock() - since) * 1e3 / STEPS for clock, since in zip(clocks, began, strict=True)])
     bench.clear()
-    mean_context = context + 8 + 1.5 * steps
-    m = bench.config
-    kv_bytes = batch * mean_context * m.layers * 2 * m.kv_heads * m.head_dim * 2
-    floor = (weight_bytes(m) + kv_bytes) / floor_bytes_per_s * 1e3
-    tpot = statistics.median(per_step)
+    tpot, thread, process = (statistics.median(column) for column in zip(*windows, strict=True))
+    floor = decode_floor_ms(batch, context + WARM + WINDOWS * STEPS / 2, read_gb_per_s)
     return {
         "context": context,
         "batch": batch,
@@ -135,24 +143,22 @@ def decode_row(
         "tpot_ms": tpot,
         "floor_ms": floor,
         "over_floor": tpot / floor,
-        "host_cpu_ms": statistics.median(cpu),
+        "thread_cpu_ms": thread,
+        "process_cpu_ms": process,
     }
 
 
-def weight_bytes(m: Any) -> int:
-    """What a decode step reads: all matrices but the embedding."""
-    layer = m.hidden * (m.heads * m.head_dim * 2 + 2 * m.kv_heads * m.head_dim + 3 * m.ffn)
-    return int((m.layers * layer + m.vocab * m.hidden) * 2)
-
-
-def prefill_row(bench: Bench, length: int, tokens: int = 32768) -> Json:
+def prefill_row(bench: Bench, length: int, tflops: float) -> Json:
     """Tokens a second over many prompts, and milliseconds of one alone to its first token."""
-    count = max(4, tokens // length)
-    saturated = [run_prompts(bench, length, count) for _ in range(3)]
-    alone = [run_prompts(bench, length, 1) for _ in range(7)]
+    count = max(4, SATURATED // length)
+    saturated = [run_prompts(bench, length, count) for _ in range(WINDOWS)]
+    alone = [run_prompts(bench, length, 1) for _ in range(ALONE)]
+    rate, floor = count * length / statistics.median(saturated), prefill_floor_tokens_per_s(length, tflops)
     return {
         "length": length,
-        "tokens_per_s": count * length / statistics.median(saturated),
+        "tokens_per_s": rate,
+        "floor_tokens_per_s": floor,
+        "over_floor": floor / rate,
         "alone_ms": statistics.median(alone) * 1e3,
     }
 
@@ -175,51 +181,37 @@ def run_prompts(bench: Bench, length: int, count: int) -> float:
     return seconds
 
 
-def idle_row(bench: Bench, context: int, batch: int, steps: int = 30) -> Json:
-    """The share of a steady decode in which no kernel and no copy ran, from the profiler's trace."""
-    from torch.profiler import ProfilerActivity, profile
-
+def decode_trace(bench: Bench, context: int, batch: int, steps: int = 30) -> Json:
+    """Steps of steady decode, as the profiler saw them."""
     bench.seat(context, batch, steps + 24)
     for _ in range(10):
         bench.engine.step()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
-        for _ in range(steps):
-            bench.engine.step()
-        torch.cuda.synchronize()
+    spans = trace(lambda: [bench.engine.step() for _ in range(steps)])
     bench.clear()
-    spans = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in trace.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    )
-    return {"context": context, "batch": batch, **idle_share(spans), "kernels": by_kernel(spans, steps)}
+    return {"step": "decode", "context": context, "batch": batch} | summary(steps_of(spans))
 
 
-def idle_share(spans: list[tuple[float, float, str]]) -> Json:
-    """Of the time from the first start to the last end."""
-    first, reached, busy = spans[0][0], spans[0][0], 0.0
-    for start, end, _ in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return {"idle_share": 1 - busy / (reached - first), "span_ms": (reached - first) / 1e3}
+def prefill_trace(bench: Bench, length: int, count: int) -> Json:
+    """One step that computes several prompts."""
+    run_prompts(bench, length, count)  # kernels of this length are loaded
+    spans = trace(lambda: run_prompts(bench, length, count))
+    return {"step": "prefill", "context": length, "batch": count} | summary([spans])
 
 
-def by_kernel(spans: list[tuple[float, float, str]], steps: int) -> dict[str, float]:
-    """Milliseconds a step of each kernel, the longest first."""
-    total: dict[str, float] = {}
-    for start, end, name in spans:
-        total[name[:60]] = total.get(name[:60], 0.0) + (end - start) / 1e3 / steps
-    return dict(sorted(total.items(), key=lambda item: -item[1])[:16])
+def arithmetic_ceiling() -> float:
+    """TFLOP/s of one product of 8,192 by 8,192 matrices in bfloat16."""
+    n = 8192
+    x, y = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * n**3 / medians({"product": [lambda: x @ y]})["product"] / 1e6
 
 
 def main() -> None:
-    """Measure everything, or the sections asked for; print each row as it comes."""
+    """Measure everything, or the sections asked for; each row is shown as it comes, and what is there is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="engine", help="of the result")
     parser.add_argument("--token-budget", type=int, default=8192)
-    parser.add_argument("--only", default="decode,sampling,idle,prefill", help="sections, with commas")
+    parser.add_argument("--only", default="decode,sampling,prefill,trace", help="sections, with commas")
     args = parser.parse_args()
-    sections: dict[str, Callable[[], list[Json]]] = {}
     imported = since_start()
     bench = Bench(args.token_budget)
     first = run_prompts(bench, 512, 1)
@@ -231,19 +223,24 @@ def main() -> None:
         "start_to_first_token_s": since_start(),
     }
     print("start", json.dumps(start), flush=True)
-    read = read_ceiling()
-    print(f"read ceiling {read:.0f} GB/s", flush=True)
-    sections = {
-        "decode": lambda: [decode_row(bench, context, batch, read * 1e9) for context, batch in DECODE],
-        "sampling": lambda: [decode_row(bench, 512, 64, read * 1e9, sampling) for sampling in SAMPLINGS],
-        "idle": lambda: [idle_row(bench, 512, 64)],
-        "prefill": lambda: [prefill_row(bench, length) for length in PREFILL],
+    read, tflops = read_ceiling(), arithmetic_ceiling()
+    print(f"ceilings: {read:.0f} GB/s read, {tflops:.0f} TFLOP/s", flush=True)
+    sections: dict[str, list[Callable[[], Json]]] = {
+        "decode": [partial(decode_row, bench, context, batch, read) for context, batch in DECODE],
+        "sampling": [partial(decode_row, bench, 512, 64, read, sampling) for sampling in SAMPLINGS],
+        "prefill": [partial(prefill_row, bench, length, tflops) for length in PREFILL],
+        "trace": [
+            *(partial(decode_trace, bench, 512, batch) for batch in (1, 64, 256)),
+            partial(prefill_trace, bench, 2048, 4),
+        ],
     }
-    result: Json = {"gpu": gpu(), "start": start, "read_gb_per_s": read}
-    for name in args.only.split(","):
-        if name in sections:
-            result[name] = sections[name]()
-            print(*(f"{name} {json.dumps(row)}" for row in result[name]), sep="\n", flush=True)
+    result: Json = {"gpu": gpu(), "start": start, "read_gb_per_s": read, "tflops": tflops}
+    write_result(args.name, result)
+    for name in filter(None, args.only.split(",")):
+        result[name] = []
+        for measure in sections[name]:
+            result[name].append(measure())
+            print(name, json.dumps({k: v for k, v in result[name][-1].items() if k != "one_step"}), flush=True)
             write_result(args.name, result)
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_e2e
 
-For each model: a prefill and a decode worker share the GPU, or have one each where there are two. Then the cluster is
-scaled to one colocated worker, which must give the same greedy answers.
+For each model: one colocated worker answers a set of prompts. Then the cluster is scaled to a prefill and a decode
+worker, which share the GPU or have one each where there are two. They must give the same greedy answers; and then
+they are timed.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def compared_prompts(prompts: Prompts, lengths: tuple[int, ...], page: int) -> d
 
 
 async def ask_all(client: Client, prompts: dict[str, list[int]], tokens: int) -> dict[str, Answer]:
-    """One after the other, as the colocated worker gets them: no batch differs between the two."""
+    """One after the other: no batch differs between split and colocated workers."""
     return {name: await ask(client, prompt, tokens) for name, prompt in prompts.items()}
 
 
@@ -110,31 +111,31 @@ class Run:
 
     def __call__(self) -> None:
         prompts = compared_prompts(self._prompts, self._lengths, self._page)
-        with Cluster(self._settings) as cluster:
+        with Cluster(self._settings | {"mode": "colocated"}) as cluster:
             self.note("up_s", cluster.up_s)
+            self._note_workers("colocated_workers", cluster)
+            colocated = asyncio.run(self._answers(cluster, prompts))
+            cluster.wait_empty()
+            self.note("scale_to_split_s", cluster.scale(colocated=0, prefill=1, decode=1))
             self._note_workers("split_workers", cluster)
-            split = asyncio.run(self._measure(cluster, prompts))
+            split = asyncio.run(self._answers(cluster, prompts))
+            bound = BOUNDS[self._settings["engine"]["dtype"]]
+            self.note("split_and_colocated", compare(split, colocated, bound))
+            asyncio.run(self._measure(cluster))
             cluster.wait_empty()
             self.note("gpu_memory_used", gpus("memory.used"))
-            self.note("scale_to_colocated_s", cluster.scale(prefill=0, decode=0, colocated=1))
-            self._note_workers("colocated_workers", cluster)
-            colocated = asyncio.run(self._with_client(cluster, prompts))
-            cluster.wait_empty()
         self.note("pools_after", "nothing held, no process left")
-        bound = BOUNDS[self._settings["engine"]["dtype"]]
-        self.note("split_and_colocated", compare(split, colocated, bound))
 
     def _note_workers(self, key: str, cluster: Cluster) -> None:
         workers = cluster.workers()
         self.note(key, [{"id": w.worker_id, "device": w.device, "pages": w.load.total_pages} for w in workers])
 
-    async def _with_client(self, cluster: Cluster, prompts: dict[str, list[int]]) -> dict[str, Answer]:
+    async def _answers(self, cluster: Cluster, prompts: dict[str, list[int]]) -> dict[str, Answer]:
         async with Client(cluster.router) as client:
             return await ask_all(client, prompts, self._sizes.answer)
 
-    async def _measure(self, cluster: Cluster, prompts: dict[str, list[int]]) -> dict[str, Answer]:
+    async def _measure(self, cluster: Cluster) -> None:
         async with Client(cluster.router) as client:
-            answers = await ask_all(client, prompts, self._sizes.answer)
             length = sorted(self._lengths)[len(self._lengths) // 2]
             self.note("control_wrong_page", await wrong_page(client, self._prompts, length, self._page))
             requests = await time_requests(client, self._prompts, self._sizes)
@@ -142,7 +143,6 @@ class Run:
         lengths = self._sizes.timed
         self.note("medians", [medians([r for r in requests if r["prompt_tokens"] == n]) for n in lengths])
         await self._load(cluster)
-        return answers
 
     async def _load(self, cluster: Cluster) -> None:
         sizes = self._sizes
@@ -193,6 +193,7 @@ def settings(model: str, load: str, device: str, **engine: Any) -> Json:
         "model": model,
         "port": 0,
         "operator_port": 0,
+        "gpu_share": min(1.0, max(1, len(gpus("name"))) / 2),  # the first worker leaves room for a second one
         "engine": sizes | {"device": device, "dtype": dtype, "load": load} | engine,
     }
 

@@ -95,7 +95,7 @@ class EngineAlone:
         cache = torch.zeros(
             config.num_pages, m.layers, 2, m.kv_heads, PAGE_SIZE, m.head_dim, dtype=loaded.model.cache_dtype
         )
-        scheduler = Scheduler(PagePool(config.num_pages), config, PageKey(bytes(16)))
+        scheduler = Scheduler(PagePool(config.num_pages), config)
         self._engine = Engine(scheduler, ModelRunner(loaded.model, cache, config))
         # The file is float32 and holds the tied embedding once; a step reads every weight once.
         self.weight_bytes = sum(f.stat().st_size for f in weight_files(path)) // 4 * loaded.model.dtype.itemsize
@@ -110,6 +110,7 @@ class EngineAlone:
             sampling=SamplingParams(),
             end_ids=frozenset(),
             keys=page_keys(PageKey(bytes(16)), prompt, PAGE_SIZE),
+            root=PageKey(bytes(16)),
         )
         started = time.perf_counter()
         self._engine.scheduler.add(sequence)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,10 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write benchmarks/results/NAME.json and return its path."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(_circumstances() | result, indent=2) + "\n")
+    text = json.dumps(_circumstances() | result, indent=2)
+    # A list of numbers on one line: a trace has thousands.
+    text = re.sub(r"\[\n[-+\d.,e\s]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text)
+    path.write_text(text + "\n")
     return path
 
 

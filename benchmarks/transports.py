@@ -2,6 +2,8 @@
 
     python -m benchmarks.transports                    shm beside a copy in memory, tcp beside one raw socket
     python -m benchmarks.transports --gpus 0 1         cuda_ipc from cuda:1 into cuda:0, beside one contiguous copy
+    python -m benchmarks.transports --nixl             nixl where it is installed, with --gpus between these
+    python -m benchmarks.transports --host-tier 0      between host memory and cuda:0, beside one copy of pinned memory
 
 Pages are scattered on both sides. Both sides of a ratio take turns in one run, and a figure is the median of them:
 the machine may be shared.
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.product_step import ProductStep, repeating
 from benchmarks.record import write_result
 from kvstore import cuda
 from kvstore.device_segment import DeviceSegment
@@ -56,7 +59,7 @@ def make_segment(page_mib: int, pages: int, device: int | None) -> Segment | Dev
 def own(page_mib: int, pages: int, device: int | None) -> None:
     """The owner's process: serve until the input ends."""
     segment = make_segment(page_mib, pages, device)
-    servers = registry.serve(["cuda_ipc", "shm", "tcp"], segment, "127.0.0.1")
+    servers = registry.serve(["cuda_ipc", "shm", "nixl", "tcp"], segment, "127.0.0.1")
     raw = socket.create_server(("127.0.0.1", 0))
     endpoints = {server.endpoint.transport: server.endpoint.address for server in servers}
     print(json.dumps({"endpoints": endpoints, "raw": raw.getsockname()[1]}), flush=True)
@@ -138,6 +141,13 @@ def contiguous_call(peer: Row, local: DeviceSegment, size: int) -> Call:
     return lambda: (mapped, stream.copy([mapped.pointer], [target], size))
 
 
+def pinned_call(device: int, address: int, size: int, to_gpu: bool) -> Call:
+    """As many bytes between CUDA's own pinned memory and the GPU's at `address`, in one piece."""
+    pinned, stream = cuda.PinnedMemory(size, device), cuda.CopyStream(device)
+    ends = [pinned.pointer], [address]
+    return lambda: (pinned, stream.copy(*(ends if to_gpu else ends[::-1]), size))
+
+
 def memory_call(size: int) -> Call:
     """As many bytes from one array to another."""
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
@@ -175,7 +185,7 @@ def host_rows(page_mib: int, sizes_mib: Sequence[int], rounds: int) -> Iterator[
     local.close()
 
 
-def gpu_rows(page_mib: int, sizes_mib: Sequence[int], rounds: int, gpus: Sequence[int]) -> Iterator[Row]:
+def gpu_rows(name: str, page_mib: int, sizes_mib: Sequence[int], rounds: int, gpus: Sequence[int]) -> Iterator[Row]:
     of = 2 * max(sizes_mib) // page_mib
     local = make_segment(page_mib, of, gpus[0])
     assert isinstance(local, DeviceSegment)
@@ -183,62 +193,64 @@ def gpu_rows(page_mib: int, sizes_mib: Sequence[int], rounds: int, gpus: Sequenc
         for mib in sizes_mib:
             pages = mib // page_mib
             calls = {
-                "cuda_ipc": pull_call("cuda_ipc", peer, local, pages, of),
+                name: pull_call(name, peer, local, pages, of),
                 "contiguous": contiguous_call(peer, local, mib * MIB),
             }
-            yield row("cuda_ipc", "contiguous", page_mib, pages, medians(calls, rounds))
+            yield row(name, "contiguous", page_mib, pages, medians(calls, rounds))
     local.close()
 
 
-class ProductStep:
-    """A CUDA graph of 64-row products over 2 GiB of weights, as in a decode step. A call gives its milliseconds."""
-
-    def __init__(self, device: int) -> None:
-        import torch
-
-        torch.cuda.set_device(device)
-        self.weights = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(16)]
-        self.x = torch.randn(64, 8192, device="cuda", dtype=torch.bfloat16)
-        _ = self.x @ self.weights[0]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for weight in self.weights:
-                _ = self.x @ weight
-        self.ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-
-    def __call__(self) -> float:
-        self.ends[0].record()
-        self.graph.replay()
-        self.ends[1].record()
-        self.ends[1].synchronize()
-        return float(self.ends[0].elapsed_time(self.ends[1]))
+def nixl_rows(page_mib: int, sizes_mib: Sequence[int], rounds: int) -> Iterator[Row]:
+    of = 2 * max(sizes_mib) // page_mib
+    local = make_segment(page_mib, of, None)
+    with owner(page_mib, of, None) as peer:
+        for mib in sizes_mib:
+            pages = mib // page_mib
+            calls = {"nixl": pull_call("nixl", peer, local, pages, of), "memory": memory_call(mib * MIB)}
+            yield row("nixl", "memory", page_mib, pages, medians(calls, rounds))
+    local.close()
 
 
-@contextmanager
-def repeating(call: Call) -> Iterator[list[float]]:
-    """The call over and over in another thread, and the seconds that each took."""
-    taken: list[float] = []
-    stopping = threading.Event()
+def host_tier_rows(page_mib: int, sizes_mib: Sequence[int], rounds: int, gpu: int) -> Iterator[Row]:
+    of = 2 * max(sizes_mib) // page_mib
+    for to_gpu in (True, False):
+        name, transport = ("host to GPU", "shm") if to_gpu else ("GPU to host", "cuda_ipc")
+        local = make_segment(page_mib, of, gpu if to_gpu else None)
+        on_gpu = local if isinstance(local, DeviceSegment) else make_segment(page_mib, of, gpu)
+        assert isinstance(on_gpu, DeviceSegment)
+        with owner(page_mib, of, None if to_gpu else gpu) as peer:
+            for mib in sizes_mib:
+                pages = mib // page_mib
+                pull = pull_call(transport, peer, local, pages, of)
+                plain = pinned_call(gpu, on_gpu.pages.pointer, mib * MIB, to_gpu)
+                yield row(name, "pinned", page_mib, pages, medians({name: pull, "pinned": plain}, rounds))
+        on_gpu.close()
+        local.close()
 
-    def run() -> None:
-        while not stopping.is_set():
+
+def pinning(gpu: int) -> Row:
+    """Milliseconds that it takes to pin a GiB, once, of this process's own memory and of another's."""
+    own = make_segment(8, 256, None)
+    assert isinstance(own, Segment)
+    with owner(8, 256, None) as peer:
+        theirs = Segment.open(peer["endpoints"]["shm"], INCARNATION, own.format)
+        result = {}
+        for name, segment in (("own", own), ("another's", theirs)):
             started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield taken
-    stopping.set()
-    thread.join()
+            segment.addresses([PageId(page) for page in range(256)], gpu)
+            result[name] = round((time.perf_counter() - started) / 2 * 1e3, 1)
+        theirs.close()
+    own.close()
+    return result
 
 
-def slowdown(gpus: Sequence[int], rounds: int = 60) -> Row:
+def slowdown(gpu: int, owner_on: int | None, rounds: int = 60) -> Row:
     """What a decode step loses while pulls of 1 GiB follow one another."""
-    step_ms = ProductStep(gpus[0])
-    local = make_segment(8, 256, gpus[0])
-    with owner(8, 256, gpus[1]) as peer:
-        pull = pull_call("cuda_ipc", peer, local, 128, 256)
+    step_ms = ProductStep(gpu)
+    local = make_segment(8, 256, gpu)
+    with owner(8, 256, owner_on) as peer:
+        pull = pull_call("shm" if owner_on is None else "cuda_ipc", peer, local, 128, 256)
+        pull()
         step_ms()
         alone = statistics.median(step_ms() for _ in range(rounds))
         with repeating(pull) as taken:
@@ -264,6 +276,8 @@ def gpu_name(device: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs=2, metavar=("LOCAL", "OWNER"), help="the devices of both pools")
+    parser.add_argument("--host-tier", type=int, metavar="GPU", help="between this device and host memory")
+    parser.add_argument("--nixl", action="store_true")
     parser.add_argument("--page-mib", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--mib", type=int, nargs="+", default=[64, 256], help="bytes of one pull")
     parser.add_argument("--rounds", type=int, default=9)
@@ -279,12 +293,21 @@ def main() -> None:
     for page_mib in args.page_mib:
         sizes = [mib for mib in args.mib if mib >= page_mib]
         if args.gpus:
-            rows += gpu_rows(page_mib, sizes, args.rounds, args.gpus)
+            rows += gpu_rows("nixl" if args.nixl else "cuda_ipc", page_mib, sizes, args.rounds, args.gpus)
+        elif args.nixl:
+            rows += nixl_rows(page_mib, sizes, args.rounds)
+        elif args.host_tier is not None:
+            rows += host_tier_rows(page_mib, sizes, args.rounds, args.host_tier)
         else:
             rows += host_rows(page_mib, sizes, args.rounds)
     if args.gpus:
         result["gpus"] = [gpu_name(device) for device in args.gpus]
-        result["step_while_1_gib_arrives"] = slowdown(args.gpus)
+    if args.gpus and not args.nixl:
+        result["step_while_1_gib_arrives"] = slowdown(*args.gpus)
+    elif args.host_tier is not None:
+        result["gpus"] = [gpu_name(args.host_tier)]
+        result["pinning_ms_a_gib"] = pinning(args.host_tier)
+        result["step_while_1_gib_arrives"] = slowdown(args.host_tier, None)
     print(write_result(args.name, result))
 
 

@@ -15,6 +15,7 @@ from engine import hub
 from engine.config import EngineConfig, WorkerConfig
 from protos import errors
 from router.config import RouterConfig
+from router.tenant import Tenant
 from rpc import status
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+_GIB = 1 << 30
 Reply = tuple[str, bytes]  # a value, or an error as an ErrorDetail message
 
 
@@ -54,7 +56,7 @@ class ServiceActor(ABC):
         self._closed = asyncio.Event()
 
     @abstractmethod
-    async def _serve(self, model: hub.ResolvedModel) -> _Service:
+    async def _serve(self) -> _Service:
         """Start the service."""
 
     async def place(self) -> tuple[str, int]:
@@ -66,18 +68,20 @@ class ServiceActor(ABC):
         return self._progress
 
     async def start(self) -> Reply:
-        """Find the model on this node, load it and serve; the service's address."""
+        """Load what is needed and serve; the service's address."""
         try:
-            model = await asyncio.to_thread(hub.resolve, self._config.model, self._report, self._config.engine.load)
-            self._report("loading the model")
-            self._service = await self._serve(model)
+            self._service = await self._serve()
         except Exception as error:
             return "", describe_error(error)
         return self._service.address, b""
 
     async def device(self) -> str:
-        """What the started service computes on."""
+        """What the started service computes on, or keeps pages in."""
         return ""
+
+    async def drain(self, timeout_s: float) -> Reply:
+        """Take nothing new and finish what runs."""
+        return "", b""
 
     async def closed(self) -> None:
         """Returns when the service has been stopped; fails when the process dies."""
@@ -88,6 +92,12 @@ class ServiceActor(ABC):
         await self._service.stop()
         self._closed.set()
 
+    async def _find_model(self) -> hub.ResolvedModel:
+        """The model as it lies on this node; fetched and converted where it does not."""
+        model = await asyncio.to_thread(hub.resolve, self._config.model, self._report, self._config.engine.load)
+        self._report("loading the model")
+        return model
+
     def _report(self, text: str) -> None:
         self._progress = text
         log.info("%s: %s", self._worker_id, text)
@@ -96,7 +106,8 @@ class ServiceActor(ABC):
 class WorkerActor(ServiceActor):
     """A worker of any pool."""
 
-    async def _serve(self, model: hub.ResolvedModel) -> _Service:
+    async def _serve(self) -> _Service:
+        model = await self._find_model()
         config = WorkerConfig(
             worker_id=self._worker_id,
             model=str(model.path),
@@ -106,7 +117,7 @@ class WorkerActor(ServiceActor):
             port=self._port,
             engine=self._engine(),
             transports=self._config.transports,
-            tenant_secret=self._config.tenant_secret,
+            verify=self._config.verify,
         )
         self._worker: _Worker = await _worker_class(self._pool).start(config, self._report)
         return self._worker
@@ -122,7 +133,6 @@ class WorkerActor(ServiceActor):
         return self._worker.device
 
     async def drain(self, timeout_s: float) -> Reply:
-        """Take nothing new and finish what runs."""
         try:
             await self._worker.drain(timeout_s)
         except Exception as error:
@@ -133,9 +143,10 @@ class WorkerActor(ServiceActor):
 class RouterActor(ServiceActor):
     """A router."""
 
-    async def _serve(self, model: hub.ResolvedModel) -> _Service:
+    async def _serve(self) -> _Service:
         from router.service import Router
 
+        model = await self._find_model()
         return await Router.start(
             RouterConfig(
                 router_id=self._worker_id,
@@ -145,10 +156,43 @@ class RouterActor(ServiceActor):
                 cluster=self._config.name,
                 host=self._config.host or node_host(self._config),
                 port=self._port,
+                tenants=self._tenants(),
                 tenant_secret=self._config.tenant_secret,
                 **self._config.router.model_dump(),
             )
         )
+
+    def _tenants(self) -> tuple[Tenant, ...]:
+        return tuple(Tenant(name=name, **tenant.model_dump()) for name, tenant in self._config.tenants.items())
+
+
+class PageStoreActor(ServiceActor):
+    """A node's page store."""
+
+    async def _serve(self) -> _Service:
+        from page_store.config import PageStoreConfig
+        from page_store.store import PageStore
+
+        settings = self._config.store
+        folder = settings.disk_dir or hub.cache_dir() / "pages"
+        return await PageStore.start(
+            PageStoreConfig(
+                store_id=self._worker_id,
+                redis_url=self._config.redis or "",
+                host_bytes=int(settings.host_gib * _GIB),
+                cluster=self._config.name,
+                host=node_host(self._config),
+                port=self._port,
+                disk_dir=folder / self._config.name if settings.disk_gib else None,
+                disk_bytes=int(settings.disk_gib * _GIB),
+                transports=self._config.transports,
+            )
+        )
+
+    async def device(self) -> str:
+        settings = self._config.store
+        disk = f", {settings.disk_gib:g} GiB of disk" if settings.disk_gib else ""
+        return f"{settings.host_gib:g} GiB of memory{disk}"
 
 
 def _worker_class(pool: str) -> "type[WorkerHost]":

@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.config import EngineConfig, WorkerConfig
+from kvstore.redis_url import HELP, RedisUrl
 from protos import errors
 from router.config import RouterConfig
 
@@ -19,7 +19,6 @@ MAX_WORKERS = 1024  # of one pool
 # The pools of each mode, with the number of workers that each has where none is given.
 MODES = {"split": {"prefill": 1, "decode": 1}, "colocated": {"colocated": 1}}
 POOLS = tuple(pool for sizes in MODES.values() for pool in sizes)
-_REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 class _Settings(BaseModel):
@@ -55,6 +54,28 @@ class RouterSettings(_Settings):
     default_deadline_s: float = Field(default=RouterConfig.default_deadline_s, gt=0)
 
 
+class StoreSettings(_Settings):
+    """The page store of each node: pages that outlive the workers' own pools."""
+
+    host_gib: float = Field(default=0.0, ge=0)  # of memory; 0: no page store
+    disk_gib: float = Field(default=0.0, ge=0)  # of disk behind it
+    disk_dir: Path | None = None  # on each node. None: in the cache folder of the user that runs the node
+
+    @model_validator(mode="after")
+    def _memory_first(self) -> Self:
+        if self.disk_gib and not self.host_gib:
+            raise ValueError("disk_gib: pages reach the disk through memory, so host_gib must be more than 0")
+        return self
+
+
+class TenantSettings(_Settings):
+    """Somebody whose requests share pages with nobody else's."""
+
+    secret: str = Field(min_length=16, repr=False)  # its pages' keys come from it; another one, and all are forgotten
+    api_key: str = Field(pattern="^[!-~]{16,}$", repr=False)  # that its requests carry
+    max_pages: int | None = Field(default=None, ge=1)  # that it may have in each worker's pool. None: all of them
+
+
 class ClusterConfig(_Settings):
     """One cluster. Without `ray_address` it is local: its own Ray, and a metadata server unless `redis` names one."""
 
@@ -73,8 +94,12 @@ class ClusterConfig(_Settings):
     operator_port: int = Field(default=50052, ge=0, le=65535)  # the controller's; 0: any free port
     engine: EngineSettings = EngineSettings()
     router: RouterSettings = RouterSettings()
+    store: StoreSettings = StoreSettings()
     gpu_share: float | None = Field(default=None, gt=0, le=1)  # of a GPU, for each worker. None: see cluster.gpu_share
     transports: tuple[str, ...] = Field(default=WorkerConfig.transports, min_length=1)
+    verify: str = Field(default=WorkerConfig.verify, pattern="^(none|checksum)$")
+    # By name. None: whoever reaches the router is answered, and all pages' keys come from `tenant_secret`.
+    tenants: dict[str, TenantSettings] = Field(default_factory=dict)
     tenant_secret: str = Field(default="", repr=False)
     start_timeout_s: float = Field(default=600.0, gt=0)  # for one worker to load its model, once it has a place
     drain_timeout_s: float = Field(default=900.0, gt=0)  # for a leaving worker to finish what it has
@@ -86,9 +111,12 @@ class ClusterConfig(_Settings):
 
     @field_validator("redis")
     @classmethod
-    def _redis_scheme(cls, url: str | None) -> str | None:
-        if url is not None and urlsplit(url).scheme not in _REDIS_SCHEMES:
-            raise ValueError("must be a redis://, rediss:// or unix:// URL")
+    def _redis_url(cls, url: str | None) -> str | None:
+        try:
+            if url is not None:
+                RedisUrl.parse(url)
+        except ValueError:  # whose words may hold a piece of the password
+            raise ValueError(f"must be a {HELP}") from None
         return url
 
     @model_validator(mode="after")
@@ -100,6 +128,13 @@ class ClusterConfig(_Settings):
             )
         if self.port and self.port == self.operator_port:
             raise ValueError("operator_port: must differ from port")
+        return self
+
+    @model_validator(mode="after")
+    def _tenants_differ(self) -> Self:
+        for what in ("secret", "api_key"):
+            if len({getattr(tenant, what) for tenant in self.tenants.values()}) < len(self.tenants):
+                raise ValueError(f"tenants: each needs a {what} of its own")
         return self
 
 
@@ -152,4 +187,4 @@ def _explain(error: ValidationError) -> str:
 def redact(url: str) -> str:
     """A URL that can be shown: its password replaced by `***`."""
     url = re.sub(r"(://[^/:@]*:).*@", r"\1***@", url)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", url)

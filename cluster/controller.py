@@ -10,6 +10,7 @@ from cluster.config import MAX_WORKERS, MODES, POOLS, ClusterConfig, redact
 from cluster.launcher import Launcher
 from cluster.member import Member
 from cluster.reconcile import Drain, Failures, Phase, Policy, Pool, Start, Stop, reconcile, settle
+from kvstore.directory import STORE_POOL
 from protos import errors
 from protos.v1 import operator_pb2
 
@@ -24,14 +25,19 @@ class Controller:
     """The loop and its state, without Ray or gRPC: `launcher` starts processes, `ping` raises while Redis is away."""
 
     def __init__(
-        self, config: ClusterConfig, launcher: Launcher, ping: Callable[[], Awaitable[None]], policy: Policy
+        self,
+        config: ClusterConfig,
+        launcher: Launcher,
+        ping: Callable[[], Awaitable[None]],
+        policy: Policy,
+        stores: int = 0,
     ) -> None:
         self._config = config
         self._launcher = launcher
         self._ping = ping
         self._policy = policy
         sizes = {"prefill": config.prefill, "decode": config.decode, "colocated": config.colocated}
-        self._desired = {**sizes, ROUTER: 1}
+        self._desired = {**sizes, STORE_POOL: stores, ROUTER: 1}
         self._failures = dict.fromkeys(self._desired, Failures())
         self._failed_ids = dict.fromkeys(self._desired, "")  # the last that failed
         self._router_port = config.port
@@ -55,8 +61,11 @@ class Controller:
     def scale(self, desired: Mapping[str, int]) -> None:
         """Set the size of the pools that are named. Raises `InvalidRequest`."""
         for pool, size in desired.items():
-            if pool not in POOLS:
-                raise errors.InvalidRequest(f"no pool {pool!r}: name one of {', '.join(POOLS)}", field="desired")
+            if pool not in (*POOLS, STORE_POOL):
+                named = ", ".join((*POOLS, STORE_POOL))
+                raise errors.InvalidRequest(f"no pool {pool!r}: name one of {named}", field="desired")
+            if pool == STORE_POOL and size and not self._config.store.host_gib:
+                raise errors.InvalidRequest("this cluster was started without --host-cache", field="desired")
             if not 0 <= size <= MAX_WORKERS:
                 raise errors.InvalidRequest(f"{pool}: 0 to {MAX_WORKERS} workers, not {size}", field="desired")
         if self._ending:
@@ -209,9 +218,9 @@ class Controller:
         self._tasks.add(asyncio.create_task(coroutine))
 
     async def _end(self) -> None:
-        """The router first: it refuses what is new and tells its clients. Then everyone at once."""
+        """The router first: it refuses what is new and tells its clients. Then all workers at once, and the stores."""
         self._ending = True
-        for pools in ((ROUTER,), POOLS):
+        for pools in ((ROUTER,), POOLS, (STORE_POOL,)):
             leaving = [m for pool in pools for m in self._of(pool) if m.phase is not Phase.STOPPING]
             for member in leaving:
                 member.enter(Phase.STOPPING)

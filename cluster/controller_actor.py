@@ -14,7 +14,9 @@ from cluster.gpu_share import gpu_share
 from cluster.operator_service import SERVICE, OperatorService
 from cluster.ray_process import RayLauncher
 from cluster.reconcile import Policy
+from kvstore.directory import STORE_POOL
 from kvstore.redis_directory import RedisDirectoryReader
+from protos.errors import FixTheSetup
 from protos.v1 import operator_pb2_grpc
 from rpc.server import RpcServer, start_server
 
@@ -55,7 +57,7 @@ class ControllerActor:
             policy = Policy(drain_timeout_s=config.drain_timeout_s)
             nodes = await asyncio.to_thread(ray.cluster_resources)
             launcher = RayLauncher(config, gpu_share(config, nodes.get("GPU", 0)))
-            controller = Controller(config, launcher, directory.ping, policy)
+            controller = Controller(config, launcher, directory.ping, policy, _stores(config, nodes.get(STORE_POOL, 0)))
             service = OperatorService(controller, self._ended)
 
             def register(server: grpc.aio.Server) -> None:
@@ -79,3 +81,12 @@ class ControllerActor:
             self._closed.set()
             itself: Any = ray.get_runtime_context().current_actor
             itself.exit.remote()
+
+
+def _stores(config: ClusterConfig, offered: float) -> int:
+    """How many page stores there are to be: one wherever a node offers the resource. Raises `FixTheSetup`."""
+    if not config.store.host_gib:
+        return 0
+    if offered < 1:
+        raise FixTheSetup(f"host_gib: no node of the Ray cluster offers the resource {STORE_POOL!r}", stage="start")
+    return int(offered)

@@ -9,12 +9,14 @@ import grpc
 
 from kvstore.page_format import PageFormat
 from protos.v1 import worker_pb2, worker_pb2_grpc
+from router.placement import BANDWIDTH
 from rpc import status
 
 _CALL_S = 10.0
 _MEASURE_S = 120.0
 _PULL_BYTES = 64 << 20
-_SLOW = 0.5  # of the median rate of the paths of the same transport
+_SLOW = 0.5  # of the median rate of the paths of the same transport, and of the rate that placement counts on
+_TELLING_MIB = 16  # a smaller pull says more of latency than of a rate
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,18 @@ def _page_count(owner: worker_pb2_grpc.WorkerStub, puller: worker_pb2_grpc.Worke
 
 
 def flag_slow(paths: Sequence[Path]) -> list[Path]:
-    """The same paths; one at less than half the rate that is usual for its transport here is marked."""
-    flagged = []
-    for path in paths:
-        usual = median([other.gb_per_s for other in paths if other.transport == path.transport])
-        if not path.error and not path.slow and path.gb_per_s < _SLOW * usual:
-            path = replace(path, slow=f"{usual:.1f} GB/s is usual for {path.transport} here")
-        flagged.append(path)
-    return flagged
+    """The same paths; marked where one has less than half the rate that is usual for its transport here, or expected.
+
+    What is expected of a transport is what the router's placement counts on.
+    """
+    return [path if path.error or path.slow else replace(path, slow=_why_slow(path, paths)) for path in paths]
+
+
+def _why_slow(path: Path, paths: Sequence[Path]) -> str:
+    usual = median([other.gb_per_s for other in paths if other.transport == path.transport])
+    if path.gb_per_s < _SLOW * usual:
+        return f"{usual:.1f} GB/s is usual for {path.transport} here"
+    expected = BANDWIDTH.get(path.transport, 0.0) / 1e9
+    if path.pull_mib >= _TELLING_MIB and path.gb_per_s < _SLOW * expected:
+        return f"placement counts on {expected:.1f} GB/s by {path.transport}"
+    return ""

@@ -9,11 +9,12 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.exceptions import RayError
 
-from cluster.actors import RouterActor, ServiceActor, WorkerActor
+from cluster.actors import PageStoreActor, RouterActor, ServiceActor, WorkerActor
 from cluster.config import ClusterConfig
 from cluster.launcher import Launcher, Place, Process
+from kvstore.directory import STORE_POOL
 from protos import errors
-from protos.v1 import common_pb2, inference_pb2, worker_pb2, worker_pb2_grpc
+from protos.v1 import common_pb2, inference_pb2, page_store_pb2_grpc, worker_pb2, worker_pb2_grpc
 from rpc import status
 from rpc.server import CHANNEL_OPTIONS
 
@@ -64,13 +65,7 @@ class RayProcess(Process):
         if self._channel is None:
             self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         try:
-            if self._pool == "router":
-                request = health_pb2.HealthCheckRequest(service=_INFERENCE)
-                await health_pb2_grpc.HealthStub(self._channel).Check(request, timeout=timeout_s)
-                return worker_pb2.WorkerLoad()
-            stub = worker_pb2_grpc.WorkerStub(self._channel)
-            description = await stub.Describe(worker_pb2.DescribeRequest(), timeout=timeout_s)
-            return description.load  # type: ignore[no-any-return]  # the stubs are untyped
+            return await _load(self._pool, self._channel, timeout_s)
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error) from error
 
@@ -88,7 +83,7 @@ class RayProcess(Process):
 
 
 class RayLauncher(Launcher):
-    """Places workers by the custom resource named as their pool, and the router on the head node.
+    """Places workers and page stores by the custom resource named as their pool, and the router on the head node.
 
     Each worker asks for `gpu_share` of a GPU. 0: Ray leaves alone which GPUs it sees.
     """
@@ -104,11 +99,26 @@ class RayLauncher(Launcher):
             kind: type[ServiceActor] = RouterActor
             options["resources"] = {HEAD: _SHARE}
         else:
-            kind = WorkerActor
+            kind = PageStoreActor if pool == STORE_POOL else WorkerActor
             options["resources"] = {pool: 1}
-            options["num_gpus"] = self._gpu_share
+            options["num_gpus"] = 0 if pool == STORE_POOL else self._gpu_share
         actor: Any = ray.remote(kind).options(**options)
         return RayProcess(actor.remote(pool, worker_id, port, self._settings), pool)
+
+
+async def _load(pool: str, channel: grpc.aio.Channel, timeout_s: float) -> worker_pb2.WorkerLoad:
+    """What the service says of itself. A router's is empty, a page store's has the pages of its memory."""
+    if pool == "router":
+        request = health_pb2.HealthCheckRequest(service=_INFERENCE)
+        await health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+        return worker_pb2.WorkerLoad()
+    if pool == STORE_POOL:
+        store = page_store_pb2_grpc.PageStoreStub(channel)
+        host = (await store.Describe(worker_pb2.DescribeRequest(), timeout=timeout_s)).host
+        return worker_pb2.WorkerLoad(total_pages=host.total_pages, held_pages=host.pages)
+    stub = worker_pb2_grpc.WorkerStub(channel)
+    description = await stub.Describe(worker_pb2.DescribeRequest(), timeout=timeout_s)
+    return description.load  # type: ignore[no-any-return]  # the stubs are untyped
 
 
 def _resources() -> tuple[dict[str, float], dict[str, float]]:

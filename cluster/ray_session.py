@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from cluster.config import POOLS, ClusterConfig
 from cluster.controller_actor import ControllerActor
 from cluster.ray_process import HEAD, explain, unpack
+from kvstore.directory import STORE_POOL
 from protos import errors
 
 NAMESPACE = "diptych"
@@ -36,7 +37,7 @@ def start_local(folder: Path) -> None:
         address="local",
         namespace=NAMESPACE,
         num_cpus=0,
-        resources=dict.fromkeys(POOLS, _SLOTS),
+        resources={**dict.fromkeys(POOLS, _SLOTS), STORE_POOL: 1},
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,

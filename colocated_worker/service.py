@@ -11,4 +11,4 @@ class ColocatedWorker(WorkerHost):
     pool_name = "colocated"
 
     def make_role(self, engine: Engine) -> ColocatedRole:
-        return ColocatedRole(engine)
+        return ColocatedRole(engine, self.make_puller())

@@ -18,6 +18,7 @@ class Arrival:
     named: list[worker_pb2.PageRef] = field(default_factory=list)  # by the router, and not yet asked for
     first_token: int | None = None
     in_flight: int = 0  # pulls that still write into its pages
+    joined: bool = False  # the engine has its sequence, and does with its pages as it needs
     ended: bool = False  # its pages go when nothing writes into them any more
 
     @property

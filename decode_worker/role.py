@@ -9,6 +9,7 @@ from decode_worker.arrival import Arrival
 from decode_worker.measurement import Measurement
 from engine.engine import Engine
 from kvstore.pool import OutOfPages
+from kvstore.quota import OverQuota
 from protos.errors import DeadlineExceeded, DiptychError, InvalidRequest, Overloaded
 from protos.v1 import worker_pb2
 from worker.finish import finish_reason
@@ -44,7 +45,8 @@ class DecodeRole(Role):
     def step(self) -> None:
         for progress in self.engine.step():
             sequence = progress.sequence
-            assert progress.token is not None  # nothing but decode rows runs here
+            if progress.token is None:  # a part of what is computed again after a preemption
+                continue
             update = worker_pb2.SequenceUpdate(request_id=sequence.request_id, token_ids=[progress.token])
             if sequence.logprobs:
                 update.logprobs.extend(sequence.logprobs)
@@ -53,13 +55,12 @@ class DecodeRole(Role):
             if progress.finish is not None:
                 update.finish_reason = finish_reason(progress.finish)
                 self._end(sequence.request_id)
+        self._admit()  # as sequences grow and end, less or more is expected of them
 
     def expire(self, now: float) -> None:
-        for request_id in [r for r, arrival in self._requests.items() if arrival.deadline <= now]:
-            self._fail(
-                self._requests[request_id],
-                DeadlineExceeded("the deadline passed during decode", request_id=request_id, stage="decode"),
-            )
+        for arrival in [arrival for arrival in self._requests.values() if arrival.deadline <= now]:
+            if not arrival.ended:  # the room that another one left may have brought its end
+                self._fail(arrival, DeadlineExceeded("the deadline passed during decode"))
         self._puller.close_idle(now)
 
     def drop_router(self, router_id: str) -> None:
@@ -67,12 +68,12 @@ class DecodeRole(Role):
             self._end(request_id)
 
     def fail_running(self, error: DiptychError) -> None:
-        for sequence in list(self.engine.scheduler.running):
+        for sequence in self.engine.scheduler.computing:
             self._fail(self._requests[sequence.request_id], error)
 
     def load(self) -> worker_pb2.WorkerLoad:
         load = self._pool_load()
-        load.waiting = len(self._waiting)
+        load.waiting += len(self._waiting)
         return load
 
     def measure(
@@ -98,7 +99,7 @@ class DecodeRole(Role):
     def _reserve(self, router_id: str, message: worker_pb2.Decode) -> None:
         try:
             self._check_new(message.request_id)
-            sequence = sequence_of(message, message.sampling.max_tokens, self._config.page_size)
+            sequence = sequence_of(message, message.sampling.max_tokens, self._config.page_size, self.pool)
             self.engine.scheduler.check_fits(sequence)
         except DiptychError as error:
             error.request_id = message.request_id
@@ -116,19 +117,28 @@ class DecodeRole(Role):
             raise Overloaded(f"{len(self._waiting)} sequences wait already", stage="decode")
 
     def _admit(self) -> None:
-        """Give room to those who wait, in order: credit for every page that they will ever need."""
-        while self._waiting and self._seated < self._config.max_sequences:
-            arrival = self._waiting[0]
+        """Give room to those who wait, in order, behind those who were preempted and keep their places in the batch.
+
+        Those whose tenant has had its share are passed by.
+        """
+        scheduler = self.engine.scheduler
+        over = set(scheduler.over_quota)
+        for arrival in list(self._waiting):
             sequence = arrival.sequence
+            if self._seated >= self._config.max_sequences or any(s.quota not in over for s in scheduler.waiting):
+                return
+            if sequence.quota in over or arrival.admitted or arrival.ended:
+                continue
             try:
-                sequence.pages, sequence.credit = self.pool.admit(
-                    sequence.keys, self.engine.scheduler.pages_for(sequence)
-                )
+                scheduler.admit(sequence, sequence.keys)
+            except OverQuota:
+                over.add(sequence.quota)
+                continue
             except OutOfPages:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(arrival)
             self._seated += 1
-            sequence.sealed = sequence.prefix_pages = arrival.report.prefix_pages = len(sequence.pages)
+            arrival.report.prefix_pages = sequence.prefix_pages
             self._with(arrival.request_id, self._pull)
 
     def _name(self, arrival: Arrival, pages: list[worker_pb2.PageRef]) -> None:
@@ -136,6 +146,8 @@ class DecodeRole(Role):
         self._pull(arrival)
 
     def _start(self, arrival: Arrival, token: int) -> None:
+        if arrival.first_token is not None:
+            raise InvalidRequest("its first token was named already", field="first_token", stage="hand_over")
         arrival.first_token = token
         self._join_if_complete(arrival)
 
@@ -146,10 +158,12 @@ class DecodeRole(Role):
         sequence = arrival.sequence
         refs = [ref for ref in arrival.named if ref.index >= sequence.prefix_pages]
         arrival.named.clear()
-        if [ref.index for ref in refs] != list(range(len(sequence.pages), len(sequence.pages) + len(refs))):
-            raise InvalidRequest("pages must be named in order, each once", field="pages", stage="hand_over")
         if not refs:
+            self._join_if_complete(arrival)  # we may hold all of them
             return
+        missing = range(len(sequence.pages), arrival.prompt_pages(self._config.page_size))
+        if arrival.joined or [ref.index for ref in refs] != list(missing[: len(refs)]):
+            raise InvalidRequest("pages must be named in order, each once", field="pages", stage="hand_over")
         assert sequence.credit is not None
         into = [sequence.credit.take() for _ in refs]
         for page in into:
@@ -176,11 +190,12 @@ class DecodeRole(Role):
     def _join_if_complete(self, arrival: Arrival) -> None:
         sequence = arrival.sequence
         complete = len(sequence.pages) == arrival.prompt_pages(self._config.page_size)
-        if arrival.first_token is None or arrival.in_flight or not complete or not arrival.admitted:
+        if arrival.joined or arrival.first_token is None or arrival.in_flight or not complete or not arrival.admitted:
             return
         self.engine.scheduler.advance(sequence, sequence.prompt_len)
         sequence.tokens.append(arrival.first_token)
         self.engine.scheduler.join(sequence)
+        arrival.joined = True
         update = worker_pb2.SequenceUpdate(request_id=arrival.request_id, hand_over=arrival.report)
         self.emit(arrival.router_id, update)
 

@@ -88,11 +88,14 @@ class Client:
     """Talks to one router at `endpoint` (host:port); connects when first used.
 
     Every call raises the errors of `protos.errors`: `InvalidRequest` naming the field, `Overloaded` saying when to
-    come back, `WorkerLost` where nothing answers at the endpoint, `DeadlineExceeded`, and so on.
+    come back, `Unauthenticated` where a tenant's API key is wanted, `WorkerLost` where nothing answers at the
+    endpoint, `DeadlineExceeded`, and so on.
     """
 
-    def __init__(self, endpoint: str = DEFAULT_ENDPOINT) -> None:
+    def __init__(self, endpoint: str = DEFAULT_ENDPOINT, *, api_key: str = "") -> None:
+        """`api_key`: a tenant's, where the cluster has tenants. It is sent in clear, like all the rest."""
         self.endpoint = endpoint
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._channel = grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
@@ -128,7 +131,7 @@ class Client:
             sampling=_sampling(sampling),
             **_prompt(text, messages, token_ids),
         )
-        call = self._stub.Generate(request, timeout=deadline_s)
+        call = self._stub.Generate(request, timeout=deadline_s, metadata=self._metadata)
         try:
             async for message in call:
                 yield _chunk(message)
@@ -171,7 +174,7 @@ class Client:
         """The token ids of `text`, or of chat `messages` in the model's template."""
         request = inference_pb2.TokenizeRequest(model=model, **_prompt(text, messages, None))
         try:
-            response = await self._stub.Tokenize(request, timeout=deadline_s)
+            response = await self._stub.Tokenize(request, timeout=deadline_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._typed(error) from error
         return list(response.token_ids)
@@ -179,7 +182,8 @@ class Client:
     async def list_models(self, *, deadline_s: float | None = 30.0) -> list[inference_pb2.Model]:
         """The models that are served: id, context length, vocabulary size."""
         try:
-            response = await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=deadline_s)
+            request = inference_pb2.ListModelsRequest()
+            response = await self._stub.ListModels(request, timeout=deadline_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._typed(error) from error
         return list(response.models)

@@ -80,6 +80,7 @@ def _column(last: Chunk, timeline: Timeline) -> dict[str, str]:
         "pulls took": _ms(stats.hand_over_ms),
         "prefix pages hit": f"{hits} of {stats.prompt_pages}",
         "  at prefill, at decode": f"{stats.prefill_prefix_pages}, {stats.decode_prefix_pages}",
+        "prefix pages fetched": f"{stats.prefill_fetched_pages} ({_ms(stats.fetch_ms)})",
         "between tokens, median": _ms(statistics.median(gaps)) if gaps else "-",
         "between tokens, worst": _ms(max(gaps)) if gaps else "-",
         "workers": f"{stats.prefill_worker}, {stats.decode_worker}",

@@ -37,4 +37,4 @@ class WorkerConfig:
     port: int = 0  # 0: any free port
     engine: EngineConfig = field(default_factory=EngineConfig)
     transports: tuple[str, ...] = ("cuda_ipc", "shm", "tcp")  # offered to readers where they suit the pool, best first
-    tenant_secret: str = ""
+    verify: str = "none"  # checksum: pages are named with one, and every copy is compared with it

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch
@@ -18,7 +19,7 @@ from kernels.sample import sample
 class DecodeGraphs:
     """One step for each size of the batch: the model's part, and for each kind of sampling what follows it.
 
-    Nobody may sit in the batch when this is made: every step is run once, so that its kernels are compiled and loaded.
+    All `warm_ups` and then `record` come before the first `run`, and nobody may sit in the batch by then.
     """
 
     def __init__(
@@ -35,15 +36,23 @@ class DecodeGraphs:
         self._batch = batch
         self._sampling = sampling
         self._pool = pool
+        self._sizes = sorted(sizes, reverse=True)  # the largest is recorded first: the others fit in its memory
         self._plans: dict[int, DecodePlan] = {}
         self._logits: dict[int, Tensor] = {}
         self._forwards: dict[int, Callable[[], None]] = {}
         self._ends: dict[tuple[int, Kind], Callable[[], None]] = {}
-        for size in sorted(sizes, reverse=True):  # the largest first: the others fit in its memory
-            self._forward(size)
+
+    def warm_ups(self) -> list[Callable[[], None]]:
+        """Calls, in any order and side by side, that compile and load the kernels of every step, and what samples."""
+        m = self._model
+        logits = torch.zeros(self._sizes[-1], m.config.vocab, dtype=m.cache_dtype, device=m.device)
+        steps: list[Callable[[], None]] = [partial(self._forward, size) for size in self._sizes]
+        return steps + [partial(self._end, logits, kind) for kind in Kind]
+
+    def record(self) -> None:
+        """Make the graphs of the model's part; what follows it is recorded when it is first wanted."""
+        for size in self._sizes:
             self._forwards[size] = self._pool.record(partial(self._forward, size))
-        for kind in Kind:
-            self._end(min(sizes), kind)
 
     def run(self, size: int, kind: Kind) -> Tensor:
         """One token of each of the first `size` rows, and on to the next. Returns their logits [size, vocab], which the
@@ -51,7 +60,7 @@ class DecodeGraphs:
         """
         self._forwards[size]()
         if (size, kind) not in self._ends:
-            self._ends[size, kind] = self._pool.record(partial(self._end, size, kind))
+            self._ends[size, kind] = self._pool.record(lambda: self._end(self._logits[size], kind))
         self._ends[size, kind]()
         return self._logits[size]
 
@@ -64,10 +73,11 @@ class DecodeGraphs:
         step = ForwardBatch(batch.token_ids[:size], positions, slots, None, plan)
         self._logits[size] = self._model.lm_head(self._model.hidden(step, self._cache))
 
-    def _end(self, size: int, kind: Kind) -> None:
-        """Sample, and move the rows on."""
+    def _end(self, logits: Tensor, kind: Kind) -> None:
+        """Sample from logits [size, vocab], and move the rows on."""
+        size = logits.shape[0]
         lengths = self._batch.context_lens[:size]
         rows = self._sampling.first(size, kind)
         rows.positions.copy_(lengths)
-        ids = sample(self._logits[size], rows, greedy=kind is Kind.GREEDY)
+        ids = sample(logits, rows, greedy=kind is Kind.GREEDY)
         advance_rows(self._batch.token_ids[:size], lengths, ids)

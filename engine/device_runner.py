@@ -22,6 +22,7 @@ from kernels.attention import AttentionPlan
 from kernels.capability import has_hopper_decode, has_hopper_prefill
 from kernels.resident_rows import row_places
 from kernels.upload import upload
+from kernels.warm_up import warm_up
 
 # Rows of a prompt whose logits are held at once: 64 rows of 128k ids are 16 MiB.
 _SCORED_ROWS = 64
@@ -84,6 +85,10 @@ class DeviceRunner:
             self._decode_graphs = DecodeGraphs(self._model, self._cache, self._batch, self._sampling, pool, sizes)
         if has_hopper_prefill(q, self._cache) and not any(config.windows):
             self._prefill_graphs = PrefillGraphs(self._model, self._cache, pool, columns, most_tokens)
+        made = [graphs for graphs in (self._prefill_graphs, self._decode_graphs) if graphs is not None]
+        warm_up([call for graphs in made for call in graphs.warm_ups()])
+        for graphs in made:
+            graphs.record()
 
     def _seat(self, sampled: list[Chunk]) -> None:
         """Bring the resident batch up to date with who is in this step."""
@@ -211,7 +216,7 @@ class DeviceRunner:
         tokens = self._buffers[-1][:size].copy_(self._batch.token_ids[:size], non_blocking=True)
         arrived = None
         if self._device.type == "cuda":
-            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream(self._device))
         self._last = Reading(tokens, self._rows, logprobs, arrived)
         return self._last

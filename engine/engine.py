@@ -79,6 +79,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self.times = StepTimes()
+        self.idle = True  # the last step found nothing to do, and until there is news the next one will not either
         self._runner = runner
         self._under_way: deque[_Step] = deque()
         self._collected = 0.0  # when the last step was
@@ -92,6 +93,7 @@ class Engine:
         progress: list[Progress] = []
         while len(self._under_way) > allowed:
             progress += self._collect(self._under_way.popleft())
+        self.idle = not (chunks or progress)
         return progress
 
     def _launch(self, chunks: list[Chunk]) -> None:
@@ -110,8 +112,7 @@ class Engine:
 
     def _advance(self, chunk: Chunk, token: int | None, launched: float) -> Progress:
         sequence = chunk.sequence
-        self.scheduler.written(sequence, chunk.end)
+        self.scheduler.read(chunk)
         if token is None:
             return Progress(sequence, None, None, launched)
-        sequence.unread -= 1
         return Progress(sequence, token, sequence.append(token), launched)

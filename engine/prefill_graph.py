@@ -26,12 +26,16 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class PrefillGraphs:
-    """One graph for each number of tokens; chunks that are fewer are filled up with tokens that leave no trace."""
+    """One graph for each number of tokens; chunks that are fewer are filled up with tokens that leave no trace.
+
+    All `warm_ups` and then `record` come before the first `run`.
+    """
 
     def __init__(self, model: Decoder, cache: Tensor, pool: GraphPool, columns: int, most_tokens: int) -> None:
         """`columns`: pages of the longest sequence. Pages are left as they are."""
         self._model = model
         self._cache = cache
+        self._pool = pool
         self._columns = columns
         programs = multiprocessors(cache.device)
         sizes = [size for size in SIZES if size <= most_tokens] or [most_tokens]
@@ -49,9 +53,15 @@ class PrefillGraphs:
         self._plan = PrefillPlan(table, records, counts, cache.shape[4])
         self._hidden: dict[int, Tensor] = {}
         self._graphs: dict[int, Callable[[], None]] = {}
-        for size in reversed(sizes):  # the largest first: the others fit in its memory
-            self._forward(size)
-            self._graphs[size] = pool.record(partial(self._forward, size))
+        self._sizes = sizes[::-1]  # the largest is recorded first: the others fit in its memory
+
+    def warm_ups(self) -> list[Callable[[], None]]:
+        """Calls, in any order and side by side, that compile and load the kernels of every size."""
+        return [partial(self._forward, size) for size in self._sizes]
+
+    def record(self) -> None:
+        for size in self._sizes:
+            self._graphs[size] = self._pool.record(partial(self._forward, size))
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor | None:
         """What `Decoder.hidden` gives for the chunks; None where no graph takes them, and nothing was done.

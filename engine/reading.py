@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.event_wait import wait_for
 from engine.logprob_reading import LogprobReading
 
 
@@ -18,7 +19,10 @@ class Reading:
     arrived: torch.cuda.Event | None
 
     def ids(self) -> list[int]:
-        """Wait for the step; the id of each of `rows`. Log-probabilities are added to their sequences."""
+        """Wait for the step; the id of each of `rows`. Log-probabilities are added to their sequences.
+
+        Raises `WorkerLost` where the device does not finish it.
+        """
         self.wait()
         for logprobs in self.logprobs:
             logprobs.deliver()
@@ -27,4 +31,4 @@ class Reading:
 
     def wait(self) -> None:
         if self.arrived is not None:
-            self.arrived.synchronize()
+            wait_for(self.arrived)

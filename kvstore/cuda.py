@@ -35,6 +35,17 @@ def unavailable() -> str:
     return "" if count else "no GPU is visible"
 
 
+def device_of(gpu: bytes) -> int:
+    """This process's number for the GPU with that UUID; 0, from which it may be reached, where it is not visible."""
+    devices = range(_call("cudaGetDeviceCount"))
+    return next((device for device in devices if _uuid(device) == gpu), 0)
+
+
+def wait(event: Event) -> None:
+    """Until it has happened."""
+    _call("cudaEventSynchronize", event.cuda_event)
+
+
 class CudaError(errors.DiptychError):
     """A call of the runtime failed."""
 
@@ -65,6 +76,10 @@ class DeviceMemory:
         _use(self.device)
         return bytes(_call("cudaIpcGetMemHandle", self.pointer).reserved)
 
+    def gpu(self) -> bytes:
+        """The GPU's UUID, 16 bytes: processes number their devices each in its own way."""
+        return _uuid(self.device)
+
 
 class PinnedMemory:
     """Host memory that `device` reads and writes at the full rate of its link; [size] as `bytes`."""
@@ -74,6 +89,24 @@ class PinnedMemory:
         self.pointer = int(_call("cudaMallocHost", size))
         weakref.finalize(self, _free_host, self.pointer)
         self.bytes = memoryview((ctypes.c_ubyte * size).from_address(self.pointer)).cast("B")
+
+
+class PinnedRange:
+    """Host memory of this process that is pinned for every GPU, from now until `close`.
+
+    Where it is mapped for reading only, GPUs can only read it too. Raises `CudaError` where it cannot be pinned.
+    """
+
+    def __init__(self, pointer: int, size: int, device: int, read_only: bool) -> None:
+        runtime = _runtime()
+        _use(device)
+        flags = runtime.cudaHostRegisterPortable | (runtime.cudaHostRegisterReadOnly if read_only else 0)
+        _call("cudaHostRegister", pointer, size, flags)
+        self._close = weakref.finalize(self, _unpin, pointer)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._close()
 
 
 class MappedMemory:
@@ -164,6 +197,10 @@ def _use(device: int) -> None:
     _call("cudaSetDevice", device)
 
 
+def _uuid(device: int) -> bytes:
+    return bytes(_call("cudaGetDeviceProperties", device).uuid.bytes)
+
+
 def _length(pointer: int) -> int:
     """Bytes from `pointer` to the end of its allocation."""
     from cuda.bindings import driver
@@ -178,6 +215,10 @@ def _free(pointer: int) -> None:
 
 def _free_host(pointer: int) -> None:
     _runtime().cudaFreeHost(pointer)
+
+
+def _unpin(pointer: int) -> None:
+    _runtime().cudaHostUnregister(pointer)
 
 
 def _unmap(pointer: int, device: int) -> None:

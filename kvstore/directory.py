@@ -13,7 +13,9 @@ import msgpack
 
 from kvstore.keys import PageKey
 from kvstore.page_format import PageFormat
+from protos.v1 import worker_pb2
 
+STORE_POOL = "store"  # page stores stand beside the workers: they hold pages and compute nothing
 ENTRY_TTL_S = 3600.0  # what has been neither announced nor found for so long is forgotten
 
 
@@ -23,7 +25,7 @@ class WorkerRecord:
 
     worker_id: str
     incarnation: int
-    pool: str  # prefill or decode
+    pool: str  # prefill, decode, colocated, or STORE_POOL
     address: str  # host:port of its gRPC service
     model: str
     fingerprint: str
@@ -37,6 +39,26 @@ class WorkerRecord:
     def holder(self) -> str:
         """The name of this life of this worker."""
         return holder_name(self.worker_id, self.incarnation)
+
+    @property
+    def source(self) -> worker_pb2.PageSource:
+        """Where its pages can be pulled from."""
+        return worker_pb2.PageSource(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            format=self.format.to_proto(),
+            endpoints=[worker_pb2.Endpoint(transport=name, address=address) for name, address in self.endpoints],
+        )
+
+    @property
+    def host(self) -> str:
+        """Where it runs."""
+        return self.address.rpartition(":")[0]
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """By which its pages can be had, best first."""
+        return tuple(transport for transport, _ in self.endpoints)
 
     def pack(self) -> bytes:
         """As msgpack."""

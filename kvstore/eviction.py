@@ -28,6 +28,10 @@ class EvictionPolicy(ABC):
         """Choose the page whose room is worth least, and forget it. There must be one."""
 
     @abstractmethod
+    def give_up(self, page: PageId) -> None:
+        """Forget this page as if it had been chosen."""
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
@@ -49,6 +53,9 @@ class LeastRecentlyUsed(EvictionPolicy):
 
     def evict(self) -> PageId:
         return self._pages.popitem(last=False)[0]
+
+    def give_up(self, page: PageId) -> None:
+        del self._pages[page]
 
     def __len__(self) -> int:
         return len(self._pages)

@@ -1,24 +1,21 @@
-"""The directory in Redis or Valkey, by a redis://, rediss:// or unix:// URL."""
+"""The directory in Redis or Valkey, by any URL that `kvstore.redis_url` reads."""
 
+import asyncio
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from redis.exceptions import RedisClusterException
 
 from kvstore import redis_scripts
 from kvstore.directory import ENTRY_TTL_S, DirectoryReader, DirectoryWriter, WorkerRecord, holder_name
 from kvstore.keys import PageKey, pack_keys
+from kvstore.redis_url import HELP, RedisUrl, aclose, redacted
 from protos import errors
 
-_CONNECTIONS = 8  # of one router
-_TIMEOUT_S = 1.0  # to connect, and for an answer
+_CALLS = 8  # of one router at once, each on a connection of its own
+_TURN_S = 1.0  # to wait for one of them
 log = logging.getLogger(__name__)
 
 
@@ -29,38 +26,43 @@ class RedisDirectoryReader(DirectoryReader):
         self._url = url
         self._keys = _Keys(cluster)
         self._entry_ttl_ms = int(entry_ttl_s * 1000)
+        self._calls = asyncio.Semaphore(_CALLS)
         with _url_errors():
-            pool = redis.asyncio.BlockingConnectionPool.from_url(
-                url,
-                max_connections=_CONNECTIONS,
-                timeout=_TIMEOUT_S,
-                # Once again at once: a connection that Redis closed when it restarted shows that only when used.
-                # Not after a timeout: a request waits for this.
-                retry=AsyncRetry(NoBackoff(), 1, (redis.ConnectionError,)),
-                **_timeouts(),
-            )
-        self._redis = redis.asyncio.Redis.from_pool(pool)
+            # Once again at once: a connection that Redis closed when it restarted shows that only when used.
+            # Not after a timeout: a request waits for this.
+            self._redis = RedisUrl.parse(url).async_client(retries=1)
         self._lookup = self._redis.register_script(redis_scripts.LOOKUP)
         self._workers = self._redis.register_script(redis_scripts.WORKERS)
 
     async def workers(self) -> list[WorkerRecord]:
-        with _redis_errors(self._url):
+        async with self._turn():
             packed = await self._workers(keys=self._keys.workers())
         return list(_readable(packed))
 
     async def lookup(self, keys: Sequence[PageKey]) -> dict[str, int]:
         if not keys:
             return {}
-        with _redis_errors(self._url):
+        async with self._turn():
             flat = await self._lookup(keys=[self._keys.family(keys[0])], args=[pack_keys(keys), self._entry_ttl_ms])
         return {holder.decode(): length for holder, length in zip(flat[::2], flat[1::2], strict=True)}
 
     async def ping(self) -> None:
-        with _redis_errors(self._url):
-            await self._redis.ping()
+        async with self._turn():
+            await self._redis.exists(self._keys.workers()[0])  # in a cluster, asks the node that matters
 
     async def aclose(self) -> None:
-        await self._redis.aclose()
+        await aclose(self._redis)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """The right to one call; its errors typed."""
+        with _redis_errors(self._url):
+            async with asyncio.timeout(_TURN_S):
+                await self._calls.acquire()
+            try:
+                yield
+            finally:
+                self._calls.release()
 
 
 class RedisDirectoryWriter(DirectoryWriter):
@@ -71,8 +73,10 @@ class RedisDirectoryWriter(DirectoryWriter):
         self._keys = _Keys(cluster)
         self._entry_ttl_ms = int(entry_ttl_s * 1000)
         with _url_errors():
+            parsed = RedisUrl.parse(url)
+        with _redis_errors(url):
             # No retry here: whoever announces has a backoff of its own, and has to see each outage.
-            self._redis = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_timeouts())
+            self._redis = parsed.client(retries=0)
         self._renew = self._redis.register_script(redis_scripts.RENEW)
         self._publish = self._redis.register_script(redis_scripts.PUBLISH)
         self._withdraw = self._redis.register_script(redis_scripts.WITHDRAW)
@@ -115,22 +119,6 @@ class _Keys:
         return f"{self._cluster}:pages:{{{first.hex()}}}"
 
 
-def redacted(url: str) -> str:
-    """The URL without user, password and options, fit for logs and messages."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme == "unix":
-            return f"unix://{parts.path}"
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        return f"{parts.scheme}://{host}:{parts.port or 6379}"
-    except ValueError:
-        return "the Redis URL"
-
-
-def _timeouts() -> dict[str, Any]:
-    return {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
-
-
 @contextmanager
 def _url_errors() -> Iterator[None]:
     try:
@@ -138,8 +126,7 @@ def _url_errors() -> Iterator[None]:
     except (ValueError, TypeError, redis.RedisError):
         # Its words may hold a piece of the password, where that has a character that URLs must escape.
         raise errors.MetadataUnavailable(
-            "the Redis URL cannot be used: write redis://[:password@]host:port, rediss://... or unix:///path,"
-            " with special characters of the password escaped (%23 for #)",
+            f"the Redis URL cannot be used: write {HELP}, and special characters of the password escaped (%23 for #)",
             stage="directory",
         ) from None
 
@@ -148,7 +135,7 @@ def _url_errors() -> Iterator[None]:
 def _redis_errors(url: str) -> Iterator[None]:
     try:
         yield
-    except (redis.RedisError, OSError) as error:
+    except (redis.RedisError, RedisClusterException, OSError) as error:
         raise errors.MetadataUnavailable(
             f"Redis at {redacted(url)} does not answer: {type(error).__name__}: {error}", stage="directory"
         ) from error

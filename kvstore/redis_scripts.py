@@ -13,10 +13,10 @@ local keys, count = ARGV[1], #ARGV[1] / 16
 local runs = {}      -- finished: holder -> length
 local alive = nil    -- holders that had every page so far; nil before the first
 local depth, last = 0, nil
+local sub = string.sub
 
 -- Takes the next page's holders; false once nobody is left.
 local function step(holders)
-    if holders == last then return true end  -- as a rule, all pages of a run have the same holders
     if not holders then return false end
     local now = {}
     for holder in string.gmatch(holders, '[^\\n]+') do
@@ -32,12 +32,16 @@ end
 local function walk()
     local size = 8  -- a miss at first costs little, a long run few calls
     while depth < count do
-        local fields = {}
-        for i = depth, math.min(depth + size, count) - 1 do
-            fields[#fields + 1] = string.sub(keys, i * 16 + 1, i * 16 + 16)
+        local fields, n = {}, math.min(size, count - depth)
+        for i = 1, n do
+            local last_byte = (depth + i) * 16
+            fields[i] = sub(keys, last_byte - 15, last_byte)
         end
-        for _, holders in ipairs(redis.call('HMGET', KEYS[1], unpack(fields))) do
-            if not step(holders) then return end
+        local found = redis.call('HMGET', KEYS[1], unpack(fields))
+        for i = 1, n do
+            local holders = found[i]
+            -- As a rule, all pages of a run have the same holders.
+            if holders ~= last and not step(holders) then return end
             depth = depth + 1
         end
         size = math.min(size * 4, 512)

@@ -1,5 +1,6 @@
 """Evicts the page that is least likely to be read again soon for the room it takes."""
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from kvstore.keys import PageKey
 from kvstore.page_state import PageId
 
 _CLASSES = (1, 2, 4)  # a page belongs to the last of these that its uses reach
-_REMEMBERED = 2  # evicted pages of which the uses are still known, as a multiple of the pool
+_REMEMBERED = 5  # evicted pages of which the uses are still known, as a multiple of the pool
+_MOST_REMEMBERED = 1 << 20
 _BINS = 40
 _GROWTH = 1.25  # each bin of ages is so much wider than the one before
-_FADE = 0.98  # of what was seen, kept at each reckoning
+_FADE = 0.995  # of what was seen, kept at each reckoning
 _EVIDENCE = 5.0  # fewer observations than this say nothing
 
 
@@ -22,13 +24,9 @@ class _Page:
     """What is known of a page, in the pool or gone from it."""
 
     key: PageKey
-    uses: int
-    let_go: int  # when its last reader left, in pages let go before it
-
-    @property
-    def rank(self) -> int:
-        """Which of the classes it belongs to."""
-        return bisect_right(_CLASSES, self.uses) - 1
+    uses: int = 0
+    rank: int = 0  # which of the classes it belongs to
+    let_go: int = 0  # when its last reader left, in pages let go before it
 
 
 class ReuseRate(EvictionPolicy):
@@ -36,9 +34,11 @@ class ReuseRate(EvictionPolicy):
 
     Every page of a pool has the same size and nearly the same cost to recompute, so the chance of reuse decides. Pages
     fall into classes by how often they were used. For each class the policy counts at which ages pages were read
-    again, and at which they were given up for lost. A page of age a is worth max over T of P(read within T) / E[time
-    until then, at most T], given that it has reached a: the index of Gittins (1979); LHD (Beckmann et al., NSDI 2018)
-    estimates the like for whole lifetimes. Age is counted in pages let go meanwhile, so it scales with load.
+    again, at which they were given up for lost, and how old those are of which neither is known yet: they have reached
+    their age, and say nothing of later ones (Kaplan and Meier, 1958). A page of age a is worth max over T of P(read
+    within T) / E[time until then, at most T], given that it has reached a: the index of Gittins (1979); LHD (Beckmann
+    et al., NSDI 2018) estimates the like for whole lifetimes. Age is counted in pages let go meanwhile, so it scales
+    with load.
 
     A page that was used more often goes before one that was used less only if it is older as well. A parent is used at
     least as often as its children and is never older, so children always go first.
@@ -48,25 +48,32 @@ class ReuseRate(EvictionPolicy):
         self._queues: list[OrderedDict[PageId, _Page]] = [OrderedDict() for _ in _CLASSES]  # each oldest first
         self._held: dict[PageId, _Page] = {}  # evictable or read again
         self._gone: OrderedDict[PageKey, _Page] = OrderedDict()
-        self._remembered = _REMEMBERED * num_pages
+        self._remembered = min(_REMEMBERED * num_pages, _MOST_REMEMBERED)
         self._clock = 0  # pages let go so far
         self._period = max(64, num_pages // 4)  # pages between two reckonings
         self._edges = [0.0, *(num_pages / 50 * _GROWTH**step for step in range(_BINS))]
         self._reads = [[0.0] * _BINS for _ in _CLASSES]
         self._losses = [[0.0] * _BINS for _ in _CLASSES]
+        # Pages that were neither read nor lost since they were let go, by the period when that was and by class.
+        self._waiting_now = [0] * len(_CLASSES)
+        self._waiting = {0: self._waiting_now}
         # Until there is evidence, least recently used first: this falls with age.
         self._worth = [[1.0 / (edge + num_pages) for edge in self._edges[:-1]] for _ in _CLASSES]
+        self._by_rank = list(zip(self._queues, self._worth, strict=True))
 
     def add(self, page: PageId, key: PageKey) -> None:
         known = self._held.get(page)
         if known is None or known.key != key:
             known = self._remember(key)
         known.uses += 1
+        rank = known.rank = bisect_right(_CLASSES, known.uses) - 1
         known.let_go = self._clock
-        self._held[page] = self._queues[known.rank][page] = known
+        self._held[page] = self._queues[rank][page] = known
+        self._waiting_now[rank] += 1
         self._clock += 1
         if self._clock % self._period == 0:
             self._reckon()
+            self._waiting_now = self._waiting[self._clock // self._period] = [0] * len(_CLASSES)
 
     def take(self, page: PageId) -> None:
         known = self._held[page]
@@ -74,13 +81,27 @@ class ReuseRate(EvictionPolicy):
         self._note(self._reads, known)
 
     def evict(self) -> PageId:
-        _, _, page, queue = min(self._candidates())
-        known = queue.pop(page)
-        del self._held[page]
+        # The oldest page of each class may go, if it is older than those of the classes before: the one worth least.
+        clock, edges = self._clock, self._edges
+        oldest, least, chosen = clock, math.inf, PageId(-1)
+        for queue, worth in self._by_rank:
+            for page in queue:
+                let_go = queue[page].let_go
+                if let_go < oldest:
+                    oldest = let_go
+                    value = worth[min(bisect_right(edges, clock - let_go), _BINS) - 1]
+                    if value <= least:
+                        least, chosen = value, page
+                break  # only its first one
+        self.give_up(chosen)
+        return chosen
+
+    def give_up(self, page: PageId) -> None:
+        known = self._held.pop(page)
+        del self._queues[known.rank][page]
         self._gone[known.key] = known
         if len(self._gone) > self._remembered:
             self._note(self._losses, self._gone.popitem(last=False)[1])
-        return page
 
     def __len__(self) -> int:
         return sum(map(len, self._queues))
@@ -89,47 +110,50 @@ class ReuseRate(EvictionPolicy):
         for queue in self._queues:
             yield from queue
 
-    def _candidates(self) -> Iterator[tuple[float, int, PageId, OrderedDict[PageId, _Page]]]:
-        """The oldest page of each class, if it is older than those of the classes before: first what it is worth."""
-        oldest = self._clock
-        for worth, queue in zip(self._worth, self._queues, strict=True):
-            if queue:
-                page, known = next(iter(queue.items()))
-                if known.let_go < oldest:
-                    oldest = known.let_go
-                    yield worth[self._bin(known)], oldest, page, queue
-
     def _remember(self, key: PageKey) -> _Page:
         """What is known of a key that comes back, or of a new one."""
         known = self._gone.pop(key, None)
         if known is None:
-            return _Page(key, 0, self._clock)
+            return _Page(key)
         self._note(self._reads, known)  # it would have been read, had it stayed
         return known
 
     def _note(self, counts: list[list[float]], known: _Page) -> None:
-        counts[known.rank][self._bin(known)] += 1.0
+        counts[known.rank][self._bin(known.let_go)] += 1.0
+        self._waiting[known.let_go // self._period][known.rank] -= 1
 
-    def _bin(self, known: _Page) -> int:
-        return min(bisect_right(self._edges, self._clock - known.let_go), _BINS) - 1
+    def _bin(self, let_go: float) -> int:
+        return min(bisect_right(self._edges, max(0.0, self._clock - let_go)), _BINS) - 1
 
     def _reckon(self) -> None:
         """Work out anew what pages are worth, and let what was seen fade."""
-        for reads, losses, worth in zip(self._reads, self._losses, self._worth, strict=True):
+        classes = zip(self._reads, self._losses, self._count_waiting(), self._worth, strict=True)
+        for reads, losses, waiting, worth in classes:
             if sum(reads) + sum(losses) >= _EVIDENCE:
-                worth[:] = [self._best_rate(reads, losses, age) for age in range(_BINS)]
+                worth[:] = [self._best_rate(reads, losses, waiting, age) for age in range(_BINS)]
             for age in range(_BINS):
                 reads[age] *= _FADE
                 losses[age] *= _FADE
 
-    def _best_rate(self, reads: list[float], losses: list[float], age: int) -> float:
-        """What a page of this age is worth: nothing, if hardly any was seen to be read or lost so late."""
-        alive = sum(reads[age:]) + sum(losses[age:])
+    def _count_waiting(self) -> list[list[int]]:
+        """Pages whose fate is not known yet: for each class, how many of each age."""
+        ages = [[0] * _BINS for _ in _CLASSES]
+        for period in [period for period, counts in self._waiting.items() if not any(counts)]:
+            del self._waiting[period]
+        for period, counts in self._waiting.items():
+            bin_ = self._bin((period + 0.5) * self._period)
+            for rank, count in enumerate(counts):
+                ages[rank][bin_] += count
+        return ages
+
+    def _best_rate(self, reads: list[float], losses: list[float], waiting: list[int], age: int) -> float:
+        """What a page of this age is worth: nothing, if hardly any was seen to be so old."""
+        alive = sum(reads[age:]) + sum(losses[age:]) + sum(waiting[age:])
         if alive < _EVIDENCE:
             return 0.0
         best = hits = room = 0.0
         for bin_ in range(age, _BINS):
-            ended = reads[bin_] + losses[bin_]
+            ended = reads[bin_] + losses[bin_] + waiting[bin_]
             width = self._edges[bin_ + 1] - self._edges[bin_]
             room += (alive - ended / 2) * width
             hits += reads[bin_]

@@ -8,13 +8,13 @@ from typing import Self
 from kvstore.page_format import PageFormat
 from protos import errors
 
-# magic, version, incarnation, num_pages, page_bytes, layers, kv_heads, page_size, head_dim, dtype, IPC handle
-_LAYOUT = struct.Struct("<8sQQQQIIII16s64s")
+# magic, version, incarnation, num_pages, page_bytes, layers, kv_heads, page_size, head_dim, dtype, IPC handle, GPU
+_LAYOUT = struct.Struct("<8sQQQQIIII16s64s16s")
 _MAGIC = b"diptychS"
-_VERSION = 2
+_VERSION = 3
 _INCARNATION = struct.Struct("<Q")
-_INCARNATION_AT = 16
-_GENERATIONS_AT = 256
+INCARNATION_AT = 16
+GENERATIONS_AT = 256
 _PAGE_ALIGNMENT = 4096  # a multiple of the cache line (64) and of what direct I/O wants
 _NO_HANDLE = bytes(64)
 STAGE = "segment"
@@ -22,12 +22,16 @@ STAGE = "segment"
 
 @dataclass(frozen=True, slots=True)
 class SegmentHeader:
-    """`ipc_handle` is CUDA's name for the pages' memory (64 bytes), or empty where the pages follow in host memory."""
+    """`ipc_handle` is CUDA's name for the pages' memory (64 bytes), or empty where the pages follow in host memory.
+
+    `gpu` is the UUID of the GPU that they are on.
+    """
 
     format: PageFormat
     num_pages: int
     incarnation: int
     ipc_handle: bytes = b""
+    gpu: bytes = bytes(16)
 
     def __post_init__(self) -> None:
         if self.num_pages < 1:
@@ -40,12 +44,12 @@ class SegmentHeader:
     @property
     def generations_at(self) -> int:
         """Offset of `int64 generations[num_pages]`, in bytes."""
-        return _GENERATIONS_AT
+        return GENERATIONS_AT
 
     @property
     def pages_at(self) -> int:
         """Offset of the pages, where they are in host memory; else the end."""
-        end = _GENERATIONS_AT + 8 * self.num_pages
+        end = GENERATIONS_AT + 8 * self.num_pages
         return -(-end // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
 
     @property
@@ -56,15 +60,15 @@ class SegmentHeader:
     def pack(self) -> bytes:
         shape = (self.format.layers, self.format.kv_heads, self.format.page_size, self.format.head_dim)
         sizes = (self.incarnation, self.num_pages, self.format.page_bytes)
-        return _LAYOUT.pack(_MAGIC, _VERSION, *sizes, *shape, self.format.dtype.encode(), self.ipc_handle)
+        return _LAYOUT.pack(_MAGIC, _VERSION, *sizes, *shape, self.format.dtype.encode(), self.ipc_handle, self.gpu)
 
     @classmethod
-    def unpack(cls, memory: mmap.mmap, incarnation: int, page_format: PageFormat) -> Self:
+    def unpack(cls, memory: mmap.mmap | memoryview, incarnation: int, page_format: PageFormat) -> Self:
         """Read and check another process's header.
 
         Raises `WorkerLost` where it is not of that life of the worker, and `FormatMismatch`.
         """
-        magic, version, theirs, num_pages, _, layers, kv_heads, page_size, head_dim, dtype, ipc_handle = (
+        magic, version, theirs, num_pages, _, layers, kv_heads, page_size, head_dim, dtype, ipc_handle, gpu = (
             _LAYOUT.unpack_from(memory)
         )
         if magic != _MAGIC or theirs != incarnation:
@@ -73,7 +77,7 @@ class SegmentHeader:
             raise errors.FormatMismatch(f"segment version {_VERSION} against {version}", stage=STAGE)
         try:
             peer = PageFormat(layers, kv_heads, page_size, head_dim, dtype.rstrip(b"\0").decode())
-            header = cls(peer, num_pages, incarnation, b"" if ipc_handle == _NO_HANDLE else ipc_handle)
+            header = cls(peer, num_pages, incarnation, b"" if ipc_handle == _NO_HANDLE else ipc_handle, gpu)
         except ValueError as error:
             raise errors.FormatMismatch(f"the segment's header is not valid: {error}", stage=STAGE) from error
         if difference := page_format.difference(peer):
@@ -81,12 +85,12 @@ class SegmentHeader:
         return header
 
 
-def incarnation_in(memory: mmap.mmap) -> int:
+def incarnation_in(memory: mmap.mmap | memoryview) -> int:
     """Whose header this is now."""
-    incarnation: int = _INCARNATION.unpack_from(memory, _INCARNATION_AT)[0]
+    incarnation: int = _INCARNATION.unpack_from(memory, INCARNATION_AT)[0]
     return incarnation
 
 
 def clear_incarnation(memory: mmap.mmap) -> None:
     """Nobody's from now on: readers take the owner for gone."""
-    _INCARNATION.pack_into(memory, _INCARNATION_AT, 0)
+    _INCARNATION.pack_into(memory, INCARNATION_AT, 0)

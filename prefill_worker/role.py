@@ -7,13 +7,14 @@ from protos.v1 import worker_pb2
 from worker.finish import finish_reason
 from worker.prompt_request import PromptRequest
 from worker.prompt_role import PromptRole
+from worker.puller import Puller
 
 
 class PrefillRole(PromptRole):
     """The prefill pool's side of worker.proto."""
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self, engine: Engine, puller: Puller) -> None:
+        super().__init__(engine, puller)
         self._pins = PinTable(self.pool)
 
     def handle(self, router_id: str, message: worker_pb2.RouterMessage) -> None:
@@ -32,6 +33,10 @@ class PrefillRole(PromptRole):
 
     def _answer_len(self, message: worker_pb2.Prefill) -> int:
         return 1
+
+    def _fetched(self, request: PromptRequest) -> None:
+        sealed = self._newly_sealed(request)
+        self.emit(request.router_id, worker_pb2.SequenceUpdate(request_id=request.sequence.request_id, sealed=sealed))
 
     def _publish(self, request: PromptRequest, progress: Progress) -> None:
         sequence = request.sequence
@@ -59,16 +64,8 @@ class PrefillRole(PromptRole):
 
     def _newly_sealed(self, request: PromptRequest) -> list[worker_pb2.PageRef]:
         sequence = request.sequence
-        fresh = range(request.named, sequence.sealed)
-        request.named = sequence.sealed
-        return [
-            worker_pb2.PageRef(
-                index=index,
-                page=sequence.pages[index],
-                generation=self.pool.generation(sequence.pages[index]),
-            )
-            for index in fresh
-        ]
+        first, request.named = request.named, sequence.sealed
+        return self.name_pages(sequence.pages[first : sequence.sealed], first)
 
     def _end(self, request_id: str) -> None:
         super()._end(request_id)

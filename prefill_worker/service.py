@@ -11,4 +11,4 @@ class PrefillWorker(WorkerHost):
     pool_name = "prefill"
 
     def make_role(self, engine: Engine) -> PrefillRole:
-        return PrefillRole(engine)
+        return PrefillRole(engine, self.make_puller())

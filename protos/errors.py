@@ -40,6 +40,12 @@ class UnknownModel(FixTheRequest):
     code = "unknown_model"
 
 
+class Unauthenticated(FixTheRequest):
+    """The call carries no API key of a tenant."""
+
+    code = "unauthenticated"
+
+
 class FixTheSetup(DiptychError):
     """An operator must change something: a port, a path, a URL, a file."""
 
@@ -96,6 +102,12 @@ class StalePage(TryAgain):
     """A page's generation changed while it was copied: the copy was thrown away."""
 
     code = "stale_page"
+
+
+class CorruptPage(TryAgain):
+    """A page's copy has another checksum than its owner has named: it was thrown away."""
+
+    code = "corrupt_page"
 
 
 class MetadataUnavailable(TryAgain):

@@ -14,6 +14,7 @@ from protos.v1 import inference_pb2
 from router.bad_words import with_bad_words
 from router.prompt import PromptReader
 from router.served_model import ServedModel
+from router.tenant import Tenant
 
 MAX_REQUEST_ID = 128  # characters
 MAX_SAMPLING_BYTES = 256 * 1024
@@ -37,6 +38,7 @@ class Admitted:
     prompt_tokens: int
     sampling: SamplingParams
     end_ids: frozenset[int]  # every id that ends the answer
+    tenant: Tenant
 
 
 class Admission:
@@ -87,7 +89,7 @@ class Admission:
         if name not in ("", self._model.model_id):
             raise UnknownModel(f"no model {name[:200]!r} here, only {self._model.model_id!r}", stage="admission")
 
-    async def admit(self, request: inference_pb2.GenerateRequest, request_id: str) -> Admitted:
+    async def admit(self, request: inference_pb2.GenerateRequest, request_id: str, tenant: Tenant) -> Admitted:
         """Check a request and tokenize its prompt. Raises `InvalidRequest` naming the field, or `UnknownModel`."""
         self.check_model(request.model)
         sampling = self._read_sampling(request)
@@ -105,6 +107,7 @@ class Admission:
             prompt_tokens=len(ids),
             sampling=sampling,
             end_ids=end_ids,
+            tenant=tenant,
         )
 
     def _read_sampling(self, request: inference_pb2.GenerateRequest) -> SamplingParams:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from time import monotonic
 
-from kvstore.keys import pack_keys
+from kvstore.keys import PageKey, pack_keys
 from protos import errors
 from protos.v1 import common_pb2, inference_pb2, worker_pb2
 from router.admission import Admitted
@@ -105,6 +105,8 @@ class Attempt(ABC):
             self._stats.queue_ms = self._sent_ms + update.prefill.queue_ms
             self._stats.prefill_ms = update.prefill.compute_ms
             self._stats.prefill_prefix_pages = update.prefill.prefix_pages
+            self._stats.prefill_fetched_pages = update.prefill.fetched_pages
+            self._stats.fetch_ms = update.prefill.fetch_ms
         self._prompt_logprobs += update.prompt_logprobs
         if update.token_ids and not self._first_token_seen:
             self._first_token_seen = True
@@ -134,14 +136,21 @@ class Attempt(ABC):
     def _fill(self, message: worker_pb2.Prefill | worker_pb2.Decode, deadline: float) -> None:
         message.request_id = self._wire_id
         message.token_ids = self._request.token_ids
+        message.root_key = self._pair.root
         message.page_keys = pack_keys(self._pair.keys)
+        message.max_pages = self._request.tenant.max_pages or 0
         message.sampling.CopyFrom(self._request.sampling.to_proto())
         message.end_token_ids.extend(sorted(self._request.end_ids))
         message.deadline_s = deadline - monotonic()
 
-    def _listen(self, link: WorkerLink, tokens: int, pages: int) -> None:
+    def _prefill(self, deadline: float) -> worker_pb2.Prefill:
+        message = worker_pb2.Prefill(fetch=self._pair.fetch)
+        self._fill(message, deadline)
+        return message
+
+    def _listen(self, link: WorkerLink, tokens: int, pages: int, keys: Sequence[PageKey] = ()) -> None:
         try:
-            link.listen(self._wire_id, Claim(self, tokens, pages))
+            link.listen(self._wire_id, Claim(self, tokens, pages, keys))
         except errors.WorkerLost:
             self.blamed = link.name
             raise

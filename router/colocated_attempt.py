@@ -11,10 +11,8 @@ class ColocatedAttempt(Attempt):
     def start(self, deadline: float) -> None:
         """Ask for the whole answer. Raises `WorkerLost`."""
         worker = self._pair.prefill
-        self._listen(worker, self._pair.compute_tokens, self._pair.job.total_pages)
-        prefill = worker_pb2.Prefill()
-        self._fill(prefill, deadline)
-        worker.send(worker_pb2.RouterMessage(prefill=prefill))
+        self._listen(worker, self._pair.compute_tokens, self._pair.job.total_pages, self._pair.keys)
+        worker.send(worker_pb2.RouterMessage(prefill=self._prefill(deadline)))
         self._sent_ms = self._elapsed_ms()
 
     def lost(self, pool: str, error: errors.DiptychError) -> None:

@@ -1,6 +1,8 @@
 """What a router is told at its start. Plain data: it travels to a Ray actor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from router.tenant import Tenant
 
 
 @dataclass(frozen=True)
@@ -18,4 +20,5 @@ class RouterConfig:
     max_prompt_bytes: int = 4 * 1024 * 1024
     default_deadline_s: float = 600.0  # for calls that bring none
     worker_wait_s: float = 10.0  # how long a request waits for a pool without a worker, while one may restart
-    tenant_secret: str = ""
+    tenants: tuple[Tenant, ...] = ()  # none: no API key is asked for, and all pages are under `tenant_secret`
+    tenant_secret: str = field(default="", repr=False)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 
-from kvstore.directory import DirectoryReader, WorkerRecord
+from kvstore.directory import STORE_POOL, DirectoryReader, WorkerRecord
 from kvstore.page_format import PageFormat
 from protos import errors
 from router.worker_link import Name, WorkerLink
@@ -17,7 +17,7 @@ Identity = tuple[str, PageFormat]  # weights' fingerprint, page format
 
 
 class Fleet:
-    """Polls the directory, and holds one link for each life of a worker.
+    """Polls the directory, and holds one link for each life of a worker. Page stores are known by their records alone.
 
     A worker that is no longer listed gets nothing new, and its link is kept as long as it answers `Describe`: so it
     can finish what it has, and a frozen one is given up soon after its lease. A directory that lists nobody has
@@ -29,6 +29,7 @@ class Fleet:
         self.directory_up = True
         self.links: dict[Name, WorkerLink] = {}
         self._router_id = router_id
+        self._stores: list[WorkerRecord] = []
         self._listed: frozenset[Name] = frozenset()
         self._foreign: frozenset[Name] = frozenset()
         self._doubts: dict[Name, asyncio.Task[None]] = {}
@@ -54,6 +55,11 @@ class Fleet:
         identity = self.identity()
         return [link for link in self._working() if link.record.pool == pool and _identity(link) == identity]
 
+    def holders(self) -> dict[str, WorkerRecord]:
+        """Whose pages can be had, by their names in the directory: live workers, also those that drain, and stores."""
+        workers = [link.record for link in self._connected()]
+        return {record.holder: record for record in (*workers, *self._stores)}
+
     def identity(self) -> Identity | None:
         """What the live workers' pages have in common; of most of them, should they differ. None without workers."""
         counts = Counter(map(_identity, self._working()))
@@ -61,11 +67,11 @@ class Fleet:
 
     def _working(self) -> list[WorkerLink]:
         """Those that take new requests, whatever their pages are like."""
-        return [
-            link
-            for name, link in self.links.items()
-            if link.live and not link.record.draining and (name in self._listed or not self._listed)
-        ]
+        return [link for link in self._connected() if not link.record.draining]
+
+    def _connected(self) -> list[WorkerLink]:
+        listed = self._listed or self.links.keys()
+        return [link for name, link in self.links.items() if link.live and name in listed]
 
     async def _watch(self) -> None:
         while True:
@@ -81,7 +87,8 @@ class Fleet:
 
     def _apply(self, records: list[WorkerRecord]) -> None:
         """Open links to workers that are new, and doubt those that are no longer listed."""
-        listed = {(record.worker_id, record.incarnation): record for record in records}
+        self._stores = [record for record in records if record.pool == STORE_POOL]
+        listed = {(record.worker_id, record.incarnation): record for record in records if record.pool != STORE_POOL}
         for name, record in listed.items():
             if link := self.links.get(name):
                 link.renew(record)

@@ -19,6 +19,8 @@ from router.prompt import PromptReader
 from router.request import Request
 from router.served_model import ServedModel
 from router.streams import Summary, TokenStream
+from router.tenant import Tenant
+from router.tenants import Tenants
 from rpc import status
 
 log = logging.getLogger(__name__)
@@ -48,12 +50,14 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     def __init__(
         self,
         model: ServedModel,
+        tenants: Tenants,
         admission: Admission,
         prompts: PromptReader,
         placer: Placer,
         default_deadline_s: float,
     ) -> None:
         self._model = model
+        self._tenants = tenants
         self.admission = admission
         self._prompts = prompts
         self._placer = placer
@@ -85,6 +89,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
         """The ids that `Generate` would make of the same prompt."""
         try:
+            self._tenants.identify(context.invocation_metadata())
             with self.admission.slot(uuid4().hex):
                 self.admission.check_model(request.model)
                 ids = await self._prompts.read(request)
@@ -96,6 +101,10 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
         """The one model that is served."""
+        try:
+            self._tenants.identify(context.invocation_metadata())
+        except errors.DiptychError as error:
+            await status.abort(context, error)
         config = self._model.config
         model = inference_pb2.Model(
             id=self._model.model_id, context_length=config.max_positions, vocab_size=config.vocab
@@ -117,8 +126,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         stream = call.stream
         with ExitStack() as held:
             try:
+                tenant = self._tenants.identify(call.context.invocation_metadata())
                 held.enter_context(self.admission.slot(stream.request_id))
-                stream.finish(await self._answer(call))
+                stream.finish(await self._answer(call, tenant))
             except errors.DiptychError as error:
                 stream.fail(error)
             except Exception:
@@ -126,7 +136,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
                 stream.fail(errors.DiptychError("the router failed; its log says why"))
             await self._see_off(call)
 
-    async def _answer(self, call: Call) -> Summary:
+    async def _answer(self, call: Call, tenant: Tenant) -> Summary:
         running: Request | None = None
         if self._stopping:
             raise _stopping()
@@ -135,7 +145,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
             raise errors.DeadlineExceeded("the request's time was up when it came", stage="admission")
         try:
             async with asyncio.timeout(left):
-                admitted = await self.admission.admit(call.request, call.stream.request_id)
+                admitted = await self.admission.admit(call.request, call.stream.request_id, tenant)
                 running = Request(admitted, self._model, self._placer, call.stream, call.received_at, call.deadline)
                 return await running.run()
         except TimeoutError as error:

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
+from kvstore.directory import WorkerRecord
+
 # A worker that has not yet computed anything has no measured rate; any value serves until its first step.
 FIRST_RATE = 1000.0  # tokens/s
 FIRST_STEP_MS = 20.0
-# Bytes/s that each transport is taken to move. shm is a memory copy, tcp one stream over loopback or 10 GbE.
-BANDWIDTH = {"shm": 4e9, "tcp": 1e9}
+# Bytes/s that each transport is taken to move: cuda_ipc between GPUs of one host, at a part of NVLink's rate; shm is a
+# memory copy; tcp one stream over loopback or 10 GbE.
+BANDWIDTH = {"cuda_ipc": 1e11, "shm": 4e9, "tcp": 1e9}
+WITHIN_A_HOST = ("cuda_ipc", "shm")
 # What moves beside prefill is not free: it takes bandwidth from others. This share of its time counts.
 HIDDEN_SHARE = 0.1
+# A fetch asks its holder first, which answers between two steps, and may have to connect.
+FETCH_START_MS = 10.0
 # A decode step costs, before its first sequence, about what this many sequences add to it (it reads the weights once).
 STEP_BASE_SEQUENCES = 16
 # Tokens that an answer is taken to have when its max_tokens allows more.
@@ -34,6 +40,11 @@ class Job:
     @property
     def prompt_pages(self) -> int:
         return -(-self.prompt_tokens // self.page_size)
+
+    @property
+    def reusable_pages(self) -> int:
+        """Pages that need not be computed, if somebody has them: the last token must be, for its logits."""
+        return (self.prompt_tokens - 1) // self.page_size
 
     @property
     def total_pages(self) -> int:
@@ -67,36 +78,54 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """Anyone whose pages can be fetched: a worker of any pool, or a page store."""
+
+    record: WorkerRecord
+    prefix_pages: int  # leading full pages of this prompt that it holds
+
+    @property
+    def host(self) -> str:
+        return self.record.host
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        return self.record.transports
+
+
+@dataclass(frozen=True)
 class Cost:
-    """The formula: total = queue + compute + hand_over + decode."""
+    """The formula: total = queue + fetch + compute + hand_over + decode."""
 
     queue_ms: float
+    fetch_ms: float
     compute_ms: float
     hand_over_ms: float
     decode_ms: float
 
     @property
     def ttft_ms(self) -> float:
-        return self.queue_ms + self.compute_ms
+        return self.queue_ms + self.fetch_ms + self.compute_ms
 
     @property
     def total_ms(self) -> float:
-        return self.queue_ms + self.compute_ms + self.hand_over_ms + self.decode_ms
+        return self.ttft_ms + self.hand_over_ms + self.decode_ms
 
     def __str__(self) -> str:
         return (
-            f"{self.total_ms:.1f} ms = queue {self.queue_ms:.1f} + compute {self.compute_ms:.1f}"
-            f" + hand-over {self.hand_over_ms:.1f} + decode {self.decode_ms:.1f}"
+            f"{self.total_ms:.1f} ms = queue {self.queue_ms:.1f} + fetch {self.fetch_ms:.1f}"
+            f" + compute {self.compute_ms:.1f} + hand-over {self.hand_over_ms:.1f} + decode {self.decode_ms:.1f}"
         )
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The chosen pair, and why. A colocated worker is both."""
+    """The chosen pair, and why. A colocated worker is both. Where there is a source, prefill fetches pages from it."""
 
     prefill: Candidate
     decode: Candidate
     cost: Cost
+    source: Holder | None = None
 
 
 def choose(
@@ -105,32 +134,64 @@ def choose(
     job: Job,
     now: float,
     colocated: Sequence[Candidate] = (),
+    holders: Sequence[Holder] = (),
 ) -> Placement | None:
     """The pair, or the one worker, with the least predicted time; None where none is large enough."""
     fitting = [c for c in prefills if c.max_tokens > job.prompt_tokens]
     roomy = [c for c in decodes if c.max_tokens >= job.prompt_tokens + job.max_tokens]
-    first = nsmallest(SHORTLIST, fitting, key=lambda c: queue_ms(c, now) + compute_ms(c, job))
-    second = nsmallest(SHORTLIST, roomy, key=lambda c: decode_ms(c, job))
-    placements = [Placement(p, d, predict(p, d, job, now)) for p in first for d in second]
     whole = [c for c in colocated if c.max_tokens >= job.prompt_tokens + job.max_tokens]
-    placements += [Placement(c, c, predict_colocated(c, job, now)) for c in whole]
-    return min(placements, key=lambda pair: pair.cost.total_ms, default=None)
+    likely = likely_sources(holders)
+    sources = {c.name: best_source(c, job, now, likely) for c in (*fitting, *whole)}
+    first = nsmallest(SHORTLIST, fitting, key=lambda c: prompt_ms(c, job, now, sources[c.name]))
+    second = nsmallest(SHORTLIST, roomy, key=lambda c: decode_ms(c, job))
+    pairs = [(p, d) for p in first for d in second]
+    placements = [Placement(p, d, predict(p, d, job, now, sources[p.name]), sources[p.name]) for p, d in pairs]
+    placements += [Placement(c, c, predict_colocated(c, job, now, sources[c.name]), sources[c.name]) for c in whole]
+    return min(placements, key=lambda placement: placement.cost.total_ms, default=None)
 
 
-def predict(prefill: Candidate, decode: Candidate, job: Job, now: float) -> Cost:
+def predict(prefill: Candidate, decode: Candidate, job: Job, now: float, source: Holder | None = None) -> Cost:
     """What a request would cost on this pair."""
-    compute = compute_ms(prefill, job)
+    compute = compute_ms(prefill, job, source)
     return Cost(
         queue_ms=queue_ms(prefill, now),
+        fetch_ms=fetch_ms(prefill, job, now, source),
         compute_ms=compute,
         hand_over_ms=hand_over_ms(prefill, decode, job, compute),
         decode_ms=decode_ms(decode, job),
     )
 
 
-def predict_colocated(worker: Candidate, job: Job, now: float) -> Cost:
+def predict_colocated(worker: Candidate, job: Job, now: float, source: Holder | None = None) -> Cost:
     """What a request would cost on this worker alone: nothing is handed over."""
-    return Cost(queue_ms(worker, now), compute_ms(worker, job), 0.0, decode_ms(worker, job))
+    return Cost(
+        queue_ms=queue_ms(worker, now),
+        fetch_ms=fetch_ms(worker, job, now, source),
+        compute_ms=compute_ms(worker, job, source),
+        hand_over_ms=0.0,
+        decode_ms=decode_ms(worker, job),
+    )
+
+
+def likely_sources(holders: Sequence[Holder]) -> list[Holder]:
+    """Of each host who holds most, the best first: so a prefix that is everywhere takes no more time."""
+    most: dict[str, Holder] = {}
+    for holder in holders:
+        if holder.host not in most or holder.prefix_pages > most[holder.host].prefix_pages:
+            most[holder.host] = holder
+    return sorted(most.values(), key=lambda holder: -holder.prefix_pages)
+
+
+def best_source(worker: Candidate, job: Job, now: float, sources: Sequence[Holder]) -> Holder | None:
+    """Who has pages that are moved to this worker faster than it computes them; None where nobody has."""
+    near = [source for source in sources if source.host == worker.host]
+    better = [source for source in (*near, *sources[:SHORTLIST]) if source.prefix_pages > worker.prefix_pages]
+    return min((None, *better), key=lambda source: prompt_ms(worker, job, now, source))
+
+
+def prompt_ms(worker: Candidate, job: Job, now: float, source: Holder | None) -> float:
+    """Time to the first token."""
+    return queue_ms(worker, now) + fetch_ms(worker, job, now, source) + compute_ms(worker, job, source)
 
 
 def queue_ms(worker: Candidate, now: float) -> float:
@@ -140,15 +201,25 @@ def queue_ms(worker: Candidate, now: float) -> float:
     return max(0.0, measured) + worker.newer_tokens / per_ms
 
 
-def uncached_tokens(worker: Candidate, job: Job) -> int:
-    """Tokens that no held page saves. The last token is always computed: it gives the logits."""
-    reusable = min(worker.prefix_pages, (job.prompt_tokens - 1) // job.page_size)
-    return job.prompt_tokens - reusable * job.page_size
+def uncached_tokens(worker: Candidate, job: Job, source: Holder | None = None) -> int:
+    """Tokens that no page saves. The last token is always computed: it gives the logits."""
+    pages = source.prefix_pages if source else worker.prefix_pages
+    return job.prompt_tokens - min(pages, job.reusable_pages) * job.page_size
 
 
-def compute_ms(worker: Candidate, job: Job) -> float:
-    """Time to compute what is not cached."""
-    return 1e3 * uncached_tokens(worker, job) / (worker.tokens_per_s or FIRST_RATE)
+def compute_ms(worker: Candidate, job: Job, source: Holder | None = None) -> float:
+    """Time to compute what is neither cached nor fetched."""
+    return 1e3 * uncached_tokens(worker, job, source) / (worker.tokens_per_s or FIRST_RATE)
+
+
+def fetch_ms(worker: Candidate, job: Job, now: float, source: Holder | None) -> float:
+    """Time that pages from elsewhere add. They come while the worker computes what is queued before."""
+    if source is None:
+        return 0.0
+    pages = min(source.prefix_pages, job.reusable_pages) - worker.prefix_pages
+    whole = FETCH_START_MS + 1e3 * pages * job.page_bytes / _bandwidth(source, worker)
+    hidden = min(whole, queue_ms(worker, now))
+    return whole - hidden + HIDDEN_SHARE * hidden
 
 
 def hand_over_ms(prefill: Candidate, decode: Candidate, job: Job, compute: float) -> float:
@@ -176,8 +247,8 @@ def _room_ms(worker: Candidate, job: Job, step: float) -> float:
     return TYPICAL_ANSWER * step * short / max(1, worker.held_pages)
 
 
-def _bandwidth(prefill: Candidate, decode: Candidate) -> float:
-    """Of the first transport that reaches: shared memory only within a host."""
-    near = prefill.host == decode.host
-    usable = (BANDWIDTH[t] for t in prefill.transports if t in BANDWIDTH and (near or t != "shm"))
+def _bandwidth(source: Candidate | Holder, reader: Candidate) -> float:
+    """Of the first of the source's transports that reaches."""
+    near = source.host == reader.host
+    usable = (BANDWIDTH[t] for t in source.transports if t in BANDWIDTH and (near or t not in WITHIN_A_HOST))
     return next(usable, BANDWIDTH["tcp"])

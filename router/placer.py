@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from bisect import bisect_left
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from sys import maxsize
@@ -13,7 +15,7 @@ from protos.v1 import worker_pb2
 from router import placement
 from router.admission import Admitted, Limits
 from router.fleet import Fleet, describe
-from router.placement import Candidate, Job, Placement
+from router.placement import Candidate, Holder, Job, Placement
 from router.served_model import ServedModel
 from router.worker_link import Name, WorkerLink
 
@@ -32,9 +34,11 @@ class Pair:
 
     prefill: WorkerLink
     decode: WorkerLink
-    keys: list[PageKey]  # of the prompt's full pages
+    root: PageKey  # stands before the prompt's first page
+    keys: list[PageKey]  # of its full pages
     job: Job
     compute_tokens: int  # that prefill is predicted to compute
+    fetch: worker_pb2.Fetch | None = None  # where prefill gets more of the pages than it has
 
     @property
     def is_colocated(self) -> bool:
@@ -44,10 +48,9 @@ class Pair:
 class Placer:
     """Finds the workers for a request: a prefill and a decode worker, or a colocated one."""
 
-    def __init__(self, fleet: Fleet, model: ServedModel, tenant_secret: str, wait_s: float) -> None:
+    def __init__(self, fleet: Fleet, model: ServedModel, wait_s: float) -> None:
         self._fleet = fleet
         self._model = model
-        self._tenant_secret = tenant_secret
         self._wait_s = wait_s
 
     async def place(self, request: Admitted, excluded: AbstractSet[Name], deadline: float) -> Pair:
@@ -59,17 +62,22 @@ class Placer:
         identity = self._fleet.identity()
         assert identity is not None  # there are workers
         page_format = identity[1]
-        keys = page_keys(self._model.root_key(self._tenant_secret, identity), request.token_ids, page_format.page_size)
+        root = self._model.root_key(request.tenant.secret, identity)
+        keys = page_keys(root, request.token_ids, page_format.page_size)
         job = Job(request.prompt_tokens, request.sampling.max_tokens, page_format.page_size, page_format.page_bytes)
         # Before the lookup: all of this identity.
         links = {pool: self._open(pool, excluded) for pool in (*SPLIT, COLOCATED)}
         held = await self._lookup(keys)
-        reusable = {} if request.sampling.prompt_logprobs is not None else held  # those need every position's logits
-        prefills, decodes, colocated = (
-            [_candidate(link, pages.get(link.record.holder, 0)) for link in links[pool].values()]
-            for pool, pages in (("prefill", reusable), ("decode", held), (COLOCATED, reusable))
+        # Where the logits of every position are wanted, no page saves computing.
+        saving, coming = ({}, []) if request.sampling.prompt_logprobs is not None else (held, keys)
+        choice = placement.choose(
+            _candidates(links["prefill"], saving, coming),
+            _candidates(links["decode"], held),
+            job,
+            monotonic(),
+            _candidates(links[COLOCATED], saving, coming),
+            self._holders(saving, excluded),
         )
-        choice = placement.choose(prefills, decodes, job, monotonic(), colocated)
         if choice is None:
             raise self._nobody_fits(request, job, excluded)
         _log_choice(request.request_id, job, choice)
@@ -77,9 +85,11 @@ class Placer:
         return Pair(
             prefill=chosen[choice.prefill.name],
             decode=chosen[choice.decode.name],
+            root=root,
             keys=keys,
             job=job,
-            compute_tokens=placement.uncached_tokens(choice.prefill, job),
+            compute_tokens=placement.uncached_tokens(choice.prefill, job, choice.source),
+            fetch=_fetch(choice.source) if choice.source else None,
         )
 
     def has_others(self, excluded: AbstractSet[Name]) -> bool:
@@ -120,6 +130,11 @@ class Placer:
             log.debug("lookup failed, taken as a miss: %r", error)
             return {}
 
+    def _holders(self, held: dict[str, int], excluded: AbstractSet[Name]) -> list[Holder]:
+        records = self._fleet.holders()
+        holders = [Holder(records[name], pages) for name, pages in held.items() if name in records]
+        return [holder for holder in holders if (holder.record.worker_id, holder.record.incarnation) not in excluded]
+
     def _open(self, pool: str, excluded: AbstractSet[Name]) -> dict[Name, WorkerLink]:
         return {link.name: link for link in self._fleet.usable(pool) if link.name not in excluded}
 
@@ -146,7 +161,7 @@ class Placer:
 def _log_choice(request_id: str, job: Job, choice: Placement) -> None:
     prefill, decode = choice.prefill, choice.decode
     log.info(
-        "request %s: prefill on %s, decode on %s: %s (%d tokens of prompt; of its %d pages they hold %d and %d)",
+        "request %s: prefill on %s, decode on %s: %s (%d tokens of prompt; of its %d pages they hold %d and %d%s)",
         request_id,
         prefill.worker_id,
         decode.worker_id,
@@ -155,7 +170,37 @@ def _log_choice(request_id: str, job: Job, choice: Placement) -> None:
         job.prompt_pages,
         prefill.prefix_pages,
         decode.prefix_pages,
+        f", {source.record.worker_id} {source.prefix_pages}" if (source := choice.source) else "",
     )
+
+
+def _candidates(links: dict[Name, WorkerLink], held: dict[str, int], coming: Sequence[PageKey] = ()) -> list[Candidate]:
+    """The workers, with what they hold of a prompt, or were asked to fill of its pages `coming`: when they get to this
+    prompt that is there, and the time it takes is in their queue.
+    """
+    found = []
+    for link in links.values():
+        filled = max((_in_common(claim.keys, coming) for claim in link.claims.values()), default=0)
+        found.append(_candidate(link, max(filled, held.get(link.record.holder, 0))))
+    return found
+
+
+def _in_common(one: Sequence[PageKey], other: Sequence[PageKey]) -> int:
+    """How many pages two prompts share. A key stands for all before it, so behind one that differs all do."""
+    if not one or not other or one[0] != other[0]:  # most are told apart here
+        return 0
+    return bisect_left(range(min(len(one), len(other))), True, key=lambda index: one[index] != other[index])
+
+
+def _fetch(source: Holder) -> worker_pb2.Fetch:
+    record = source.record
+    pages = worker_pb2.PageSource(
+        worker_id=record.worker_id,
+        incarnation=record.incarnation,
+        format=record.format.to_proto(),
+        endpoints=[worker_pb2.Endpoint(transport=name, address=address) for name, address in record.endpoints],
+    )
+    return worker_pb2.Fetch(source=pages, address=record.address, pages=source.prefix_pages)
 
 
 def _candidate(link: WorkerLink, prefix_pages: int) -> Candidate:
@@ -167,8 +212,8 @@ def _candidate(link: WorkerLink, prefix_pages: int) -> Candidate:
     return Candidate(
         worker_id=record.worker_id,
         incarnation=record.incarnation,
-        host=record.address.rpartition(":")[0],
-        transports=tuple(transport for transport, _ in record.endpoints),
+        host=record.host,
+        transports=record.transports,
         max_tokens=record.max_tokens,
         prefix_pages=prefix_pages,
         queued_tokens=load.queued_tokens,

@@ -15,6 +15,8 @@ from router.inference import Inference
 from router.placer import Placer
 from router.prompt import PromptReader
 from router.served_model import ServedModel
+from router.tenant import Tenant
+from router.tenants import Tenants
 from rpc.server import RpcServer, start_server
 
 log = logging.getLogger(__name__)
@@ -59,10 +61,11 @@ class Router:
 
     @classmethod
     def _assemble(cls, config: RouterConfig, directory: DirectoryReader, fleet: Fleet, model: ServedModel) -> "Router":
-        placer = Placer(fleet, model, config.tenant_secret, config.worker_wait_s)
+        placer = Placer(fleet, model, config.worker_wait_s)
         prompts = PromptReader(model, config.max_prompt_bytes)
         admission = Admission(model, prompts, config.max_inflight, placer.limits, placer.ttft_s)
-        inference = Inference(model, admission, prompts, placer, config.default_deadline_s)
+        tenants = Tenants(config.tenants, alone=Tenant(config.tenant_secret))
+        inference = Inference(model, tenants, admission, prompts, placer, config.default_deadline_s)
         return cls(directory, fleet, prompts, inference)
 
     @property

@@ -13,14 +13,12 @@ class SplitAttempt(Attempt):
         pair, job = self._pair, self._pair.job
         description = pair.prefill.description
         self._listen(pair.decode, 0, job.total_pages)
-        self._listen(pair.prefill, pair.compute_tokens, job.prompt_pages)
+        self._listen(pair.prefill, pair.compute_tokens, job.prompt_pages, pair.keys)
         assert description is not None  # listening says that it is live
         decode = worker_pb2.Decode(source=description.source)
-        prefill = worker_pb2.Prefill()
         self._fill(decode, deadline)
-        self._fill(prefill, deadline)
         pair.decode.send(worker_pb2.RouterMessage(decode=decode))
-        pair.prefill.send(worker_pb2.RouterMessage(prefill=prefill))
+        pair.prefill.send(worker_pb2.RouterMessage(prefill=self._prefill(deadline)))
         self._sent_ms = self._elapsed_ms()
 
     def lost(self, pool: str, error: errors.DiptychError) -> None:

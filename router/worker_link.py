@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from kvstore.directory import WorkerRecord
+from kvstore.keys import PageKey
 from protos import errors
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
@@ -23,6 +24,7 @@ OUTBOX_MESSAGES = 8192  # a worker that leaves so many unread is not alive
 # A worker answers between two steps of its engine, and a step of a long prompt can take seconds on a small machine.
 CONNECT_S = 10.0  # to the worker's first message
 PROBE_S = 3.0
+REST = 0.25  # of the time that passing updates on took, in which the next ones gather
 RETRY_S = (0.1, 0.2, 0.5, 1.0)  # pauses between attempts to connect; the last one repeats
 
 Name = tuple[str, int]  # worker id, incarnation
@@ -45,6 +47,7 @@ class Claim:
     listener: Listener
     tokens: int  # of the prompt, to be computed there
     pages: int
+    keys: Sequence[PageKey] = ()  # of the pages that are filled there, or held already
     at: float = field(default_factory=monotonic)
 
 
@@ -68,6 +71,8 @@ class WorkerLink:
         self.claims: dict[str, Claim] = {}
         self._router_id = router_id
         self._outbox: asyncio.Queue[worker_pb2.RouterMessage] = asyncio.Queue(OUTBOX_MESSAGES)
+        self._heard: list[worker_pb2.SequenceUpdate] = []  # and not passed on yet
+        self._resting: asyncio.Handle | None = None  # when it ends, what was heard meanwhile is passed on
         self._broken = asyncio.Event()
         self._reason = ""
         self._stub: worker_pb2_grpc.WorkerStub | None = None
@@ -188,7 +193,7 @@ class WorkerLink:
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 if message.WhichOneof("kind") == "step":
-                    self._dispatch(message.step)
+                    self._hear(message.step)
         except grpc.aio.AioRpcError as error:
             self._reason = self._reason or f"broke the stream: {status.from_rpc_error(error).message}"
 
@@ -199,15 +204,35 @@ class WorkerLink:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:  # the latter: the call has ended
             log.debug("the stream to %s takes no more: %r", self.record.worker_id, error)
 
-    def _dispatch(self, step: worker_pb2.Step) -> None:
+    def _hear(self, step: worker_pb2.Step) -> None:
+        """Pass a step's updates on: at once, unless the router is busy with the last ones or has just been. Then they
+        gather, so that clients get fewer messages where there would be more than it can send.
+        """
         if step.HasField("load"):
             self.step_load = TimedLoad(step.load, monotonic())
-        for update in step.updates:
+        self._heard += step.updates
+        if self._resting is None:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        heard, self._heard = self._heard, []
+        for update in heard:
             if claim := self.claims.get(update.request_id):  # late words on a request that is over find nobody
                 claim.listener.update(self.record.pool, update)
+        # The streams that were given something send it before that.
+        self._resting = loop.call_soon(self._rest, began) if heard else None
+
+    def _rest(self, began: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._resting = loop.call_later(REST * (loop.time() - began), self._pass_on)
 
     def _down(self) -> None:
         """The stream is over: whoever listens is told, and what was not sent is of no use to a new stream."""
+        if self._resting is not None:
+            self._resting.cancel()
+        self._pass_on()
         self.description = None
         reason, self._reason = self._reason or "ended the stream", ""
         log.info("%s %s (%d requests)", self.record.worker_id, reason, len(self.claims))

@@ -14,6 +14,7 @@ DETAIL_KEY = "diptych-error-bin"
 _STATUS: dict[type[errors.DiptychError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownModel: grpc.StatusCode.NOT_FOUND,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PortTaken: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelUnusable: grpc.StatusCode.FAILED_PRECONDITION,
     errors.FormatMismatch: grpc.StatusCode.FAILED_PRECONDITION,
@@ -22,6 +23,7 @@ _STATUS: dict[type[errors.DiptychError], grpc.StatusCode] = {
     errors.NoWorkers: grpc.StatusCode.UNAVAILABLE,
     errors.WorkerLost: grpc.StatusCode.UNAVAILABLE,
     errors.StalePage: grpc.StatusCode.UNAVAILABLE,
+    errors.CorruptPage: grpc.StatusCode.UNAVAILABLE,
     errors.MetadataUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
@@ -30,6 +32,7 @@ _STATUS: dict[type[errors.DiptychError], grpc.StatusCode] = {
 _BY_CODE = {cls.code: cls for cls in _STATUS}
 _BY_STATUS: dict[grpc.StatusCode, type[errors.DiptychError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,

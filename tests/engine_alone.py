@@ -26,7 +26,7 @@ def run(
     sequences = []
     for index, (prompt, params) in enumerate(jobs):
         keys, longest = page_keys(engine_rig.ROOT, prompt, PAGE), len(prompt) + params.max_tokens
-        one = Sequence(str(index), list(prompt), len(prompt), longest, params, frozenset(ends), keys)
+        one = Sequence(str(index), list(prompt), len(prompt), longest, params, frozenset(ends), keys, engine_rig.ROOT)
         engine.scheduler.add(one)
         sequences.append(one)
     while engine.scheduler.has_work:

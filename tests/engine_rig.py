@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine import sequence as engine_sequence
+from engine.answer_lengths import Expectation
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.sampling_params import SamplingParams
@@ -39,17 +40,32 @@ class Request:
             sampling=self.sampling,
             end_ids=self.end_ids,
             keys=page_keys(ROOT, list(self.prompt), page_size),
+            root=ROOT,
         )
 
 
-def make_engine(model, runner_class, *, page_size=4, num_pages=64, **settings) -> Engine:
+class Hopes(Expectation):
+    """Expects of every answer that only a few tokens are to come, so that pages run out where there are few."""
+
+    def __init__(self, tokens: int = 1) -> None:
+        self.tokens = tokens
+
+    def note(self, length, ended):
+        pass
+
+    def expected(self, answered, most, share):
+        return min(most, answered + self.tokens)
+
+
+def make_engine(model, runner_class, *, page_size=4, num_pages=64, lengths=None, **settings) -> Engine:
     """The pool starts as NaN: what is read before it was written shows."""
     settings = {"token_budget": 24, "max_sequences": 12} | settings
     config = EngineConfig(page_size=page_size, num_pages=num_pages, **settings)
     m = model.config
     shape = (num_pages, m.layers, 2, m.kv_heads, page_size, m.head_dim)
     cache = torch.full(shape, float("nan"), dtype=model.cache_dtype, device=model.device)
-    return Engine(Scheduler(PagePool(num_pages), config, ROOT), runner_class(model, cache, config))
+    scheduler = Scheduler(PagePool(num_pages), config, lengths=lengths)
+    return Engine(scheduler, runner_class(model, cache, config))
 
 
 def run(

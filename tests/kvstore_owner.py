@@ -109,7 +109,7 @@ class _Worker:
         else:
             self._segment = DeviceSegment.create(page_format, num_pages, INCARNATION, device)
         self._pool = PagePool(num_pages, self._segment.generations)
-        self._servers = registry.serve(["cuda_ipc", "shm", "tcp"], self._segment, "127.0.0.1")
+        self._servers = registry.serve(["cuda_ipc", "shm", "nixl", "tcp"], self._segment, "127.0.0.1")
         self.endpoints = {server.endpoint.transport: server.endpoint.address for server in self._servers}
         self._background: threading.Thread | None = None
 

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import grpc.aio
 
@@ -18,6 +18,7 @@ from kvstore.valkey import EmbeddedValkey
 from protos.v1 import worker_pb2, worker_pb2_grpc
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "tests" / "serve_one.py"
 START_S = 60.0
 
 
@@ -28,6 +29,7 @@ class Service:
     name: str
     process: subprocess.Popen
     address: str
+    said: dict = field(default_factory=dict)  # at its start
 
     @property
     def alive(self) -> bool:
@@ -59,6 +61,8 @@ class Stack:
     transports: tuple[str, ...] = ("shm", "tcp")
     router_settings: dict = field(default_factory=dict)
     colocated_workers: int = 0
+    verify: str = "none"
+    log: IO | None = None  # what the services say; None: beside what we say
     prefill: list[Service] = field(default_factory=list)
     decode: list[Service] = field(default_factory=list)
     colocated: list[Service] = field(default_factory=list)
@@ -72,7 +76,7 @@ class Stack:
                 *(self.add("decode") for _ in range(self.decode_workers)),
                 *(self.add("colocated") for _ in range(self.colocated_workers)),
             )
-            self.router = await self.spawn("router", self.router_configuration())
+            self.router = await self.spawn("router", self.router_configuration(), log=self.log)
             self.client = Client(self.router.address)
         except BaseException:
             await self.__aexit__()
@@ -92,7 +96,7 @@ class Stack:
 
     async def add(self, pool: str) -> Service:
         """Start one more worker; returns once it is registered."""
-        service = await self.spawn(pool, self.worker_settings(pool))
+        service = await self.spawn(pool, self.worker_settings(pool), log=self.log)
         getattr(self, pool).append(service)
         return service
 
@@ -121,6 +125,7 @@ class Stack:
             "redis_url": self.valkey.url,
             "engine": asdict(self.engine),
             "transports": self.transports,
+            "verify": self.verify,
         }
 
     def router_configuration(self) -> dict:
@@ -138,11 +143,12 @@ class Stack:
             return await worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=10)
 
     @staticmethod
-    async def spawn(kind: str, settings: dict) -> Service:
+    async def spawn(kind: str, settings: dict, program: Path = PROGRAM, log: IO | None = None) -> Service:
         """Start one service; `RuntimeError` with what it said where it does not start."""
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "serve_one.py"), kind, json.dumps(settings)],
+            [sys.executable, str(program), kind, json.dumps(settings)],
             stdout=subprocess.PIPE,
+            stderr=log,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
         )
@@ -152,4 +158,4 @@ class Stack:
         if "error" in answer:
             await asyncio.to_thread(process.wait, 15)
             raise RuntimeError(f"{kind} did not start: {answer}")
-        return Service(settings.get("worker_id", kind), process, answer["address"])
+        return Service(settings.get("worker_id", kind), process, answer["address"], answer)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"diptych"},
     {"cluster"},
-    {"router", "prefill_worker", "decode_worker", "colocated_worker"},
+    {"router", "prefill_worker", "decode_worker", "colocated_worker", "page_store"},
     {"worker"},
     {"engine"},
     {"kvstore"},
@@ -29,6 +29,7 @@ LIBRARIES = {  # rooms that may import these, at any depth of their own files
         "prefill_worker",
         "decode_worker",
         "colocated_worker",
+        "page_store",
         "worker",
         "rpc",
         "protos",

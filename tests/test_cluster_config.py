@@ -11,6 +11,7 @@ from protos import errors
 from router.config import RouterConfig
 
 ROOT = Path(__file__).parent.parent
+ONE = "{secret: hunter2hunter2hunter2, api_key: hunter2hunter2hunter2}"
 
 
 def refusal(path: Path | None = None, **overrides: object) -> str:
@@ -73,6 +74,11 @@ def test_the_example_is_valid():
         ("port: 70000", "port: "),
         ("port: 50052", "operator_port: must differ"),
         ("redis: http://h", "redis: must be a redis://"),
+        ("redis: redis+sentinel://:hunter2@h", "redis: must be a redis://"),
+        ("tenants: {a: {secret: hunter2hunter2hunter2}}", "tenants.a.api_key: "),
+        ("tenants: {a: {secret: hunter2, api_key: hunter2hunter2hunter2}}", "tenants.a.secret: "),
+        ("tenants: {a: {secret: hunter2hunter2hunter2, api_key: hunter2 hunter2hunter2}}", "tenants.a.api_key: "),
+        (f"tenants: {{a: {ONE}, b: {ONE}}}", "tenants: each needs a secret of its own"),
         ("name: UPPER", "name: "),
         ("engine: {dtype: int4}", "engine.dtype: "),
         ("engine: {load: dummy}", "engine.load: "),
@@ -87,6 +93,7 @@ def test_what_is_wrong_is_named_with_the_file(tmp_path, text, named):
     message = refusal(path)
     assert named in message
     assert str(path) in message
+    assert "hunter2" not in message
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -104,7 +111,9 @@ def test_a_ray_cluster_needs_a_metadata_server():
 
 
 def test_it_survives_the_way_to_an_actor_and_shows_no_secret():
-    config = load_config(None, {"redis": "redis://:hunter2@h:1", "tenant_secret": "hunter3", "host": "0.0.0.0"})
+    tenants = {"a": {"secret": "hunter4" * 3, "api_key": "hunter5" * 3, "max_pages": 7}}
+    secrets = {"redis": "redis+sentinel://:hunter2@h:1,h:2/main", "tenant_secret": "hunter3", "tenants": tenants}
+    config = load_config(None, secrets | {"host": "0.0.0.0"})
     assert ClusterConfig.model_validate_json(config.model_dump_json()) == config
     assert "hunter" not in repr(config)
 
@@ -119,6 +128,11 @@ def test_it_survives_the_way_to_an_actor_and_shows_no_secret():
         ("redis://u:p/w@h", "redis://u:***@h"),
         ("unix:///run/v.sock?password=pw&db=1", "unix:///run/v.sock?password=***&db=1"),
         ("unix:///run/v.sock", "unix:///run/v.sock"),
+        (
+            "redis+sentinel://:pw@a:1,b:2/main?sentinel_password=pw",
+            "redis+sentinel://:***@a:1,b:2/main?sentinel_password=***",
+        ),
+        ("rediss+cluster://u:pw@a:1,b:2", "rediss+cluster://u:***@a:1,b:2"),
     ],
 )
 def test_a_shown_url_has_no_password(url, shown):

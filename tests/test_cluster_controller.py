@@ -27,11 +27,11 @@ FAILED = operator_pb2.WORKER_STATE_FAILED
 class Rig:
     """A controller that runs, and what its processes are told."""
 
-    def __init__(self, policy: Policy = POLICY, **given: Any) -> None:
+    def __init__(self, policy: Policy = POLICY, stores: int = 0, **given: Any) -> None:
         settings = {"redis": "redis://user:secret@host:1/0"} | given
         self.launcher = FakeLauncher()
         self.redis_up = True
-        self.controller = Controller(load_config(None, settings), self.launcher, self._ping, policy)
+        self.controller = Controller(load_config(None, settings), self.launcher, self._ping, policy, stores)
 
     async def _ping(self) -> None:
         if not self.redis_up:
@@ -330,3 +330,16 @@ async def test_the_operator_service_answers(operator):
     assert isinstance(status.from_rpc_error(caught.value), errors.InvalidRequest)
     await stub.Shutdown(operator_pb2.ShutdownRequest(), timeout=10)
     assert all(process.dead for process in rig.launcher.processes.values())
+
+
+async def test_page_stores_are_a_pool_that_only_a_cluster_with_a_host_cache_can_have():
+    async with Rig(store={"host_gib": 1}, stores=2) as rig:
+        await rig.ready()
+        assert rig.launcher.living("store") == ["store-1", "store-2"]
+        rig.controller.scale({"store": 1})
+        await until(lambda: "drain" in rig.launcher.processes["store-2"].calls)
+    async with Rig() as rig:
+        await rig.ready()
+        assert not [pool for pool in rig.controller.status().pools if pool.pool == "store"]
+        with pytest.raises(errors.InvalidRequest, match="host-cache"):
+            rig.controller.scale({"store": 1})

@@ -110,3 +110,11 @@ def test_slow_is_what_is_far_below_the_others_of_its_transport():
     flagged = flag_slow(paths)
     assert [path.slow for path in flagged] == ["", "", "0.9 GB/s is usual for tcp here", "", "shm: other host", ""]
     assert flagged[5].error == "gone"
+
+
+def test_slow_is_also_what_placement_does_not_count_on():
+    [only] = flag_slow([Path("p1", "d1", "tcp", 0.4, pull_mib=64.0)])
+    assert only.slow == "placement counts on 1.0 GB/s by tcp"
+    fine = [Path("p1", "d1", "tcp", 0.6, pull_mib=64.0), Path("p1", "d2", "shm", 0.1, pull_mib=1.0)]
+    assert [path.slow for path in flag_slow(fine)] == ["", ""]  # a pull of 1 MiB says nothing of a rate
+    assert [path.slow for path in flag_slow([Path("p1", "d1", "nixl", 0.1, pull_mib=64.0)])] == [""]

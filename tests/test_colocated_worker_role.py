@@ -5,9 +5,10 @@ import time
 import pytest
 
 from colocated_worker.role import ColocatedRole
+from engine_rig import Hopes
 from protos.errors import DiptychError
 from protos.v1 import common_pb2
-from role_kit import PAGE, assert_empty, cancel, make_engine, request, updates
+from role_kit import PAGE, ScriptedPuller, assert_empty, cancel, make_engine, request, updates
 from worker.role import is_idle
 
 
@@ -15,7 +16,7 @@ from worker.role import is_idle
 def role(request) -> ColocatedRole:
     engine, runner = make_engine()
     runner.behind = request.param
-    return ColocatedRole(engine)
+    return ColocatedRole(engine, ScriptedPuller())
 
 
 def until_told(role, count: int) -> list:
@@ -133,14 +134,28 @@ def test_a_deadline_frees_in_every_phase_and_names_it(role, steps, stage):
     assert (error.code, error.stage, error.request_id) == ("deadline_exceeded", stage, "a")
 
 
-def test_room_for_the_whole_answer_is_kept_from_the_start(role):
+def test_room_for_the_expected_answer_is_kept_from_the_start(role):
     role.handle("r", request("prefill", "a", range(10), max_tokens=30))  # 39 tokens: 10 of 16 pages
     role.handle("r", request("prefill", "b", range(100, 110), max_tokens=30))
     role.step()
     load = role.load()
     assert (load.running, load.waiting, load.available_pages) == (1, 1, 6)
     told = until_told(role, 60)
-    assert [update.request_id for update in told] == ["a"] * 30 + ["b"] * 30
+    assert {name: sum(update.request_id == name for update in told) for name in "ab"} == {"a": 30, "b": 30}
+    assert role.load().preemptions == 0
+    assert_empty(role)
+
+
+def test_who_gives_up_its_pages_tells_each_token_once():
+    role = ColocatedRole(make_engine(num_pages=6, lengths=Hopes())[0], ScriptedPuller())
+    role.handle("r", request("prefill", "a", range(10), max_tokens=15))
+    role.handle("r", request("prefill", "b", range(100, 104), max_tokens=15))
+    told = until_told(role, 30)
+    assert role.load().preemptions
+    for name, prompt_len in (("a", 10), ("b", 4)):
+        mine = [update for update in told if update.request_id == name]
+        assert [update.token_ids[0] for update in mine] == list(range(1000 + prompt_len, 1015 + prompt_len))
+        assert [update.HasField("prefill") for update in mine] == [True] + [False] * 14
     assert_empty(role)
 
 
@@ -156,7 +171,7 @@ def test_what_does_not_fit_or_runs_already_is_refused(role):
 
 def test_a_failed_step_ends_its_requests_with_an_error_that_names_their_phase():
     engine, runner = make_engine()
-    role = ColocatedRole(engine)
+    role = ColocatedRole(engine, ScriptedPuller())
     role.handle("r", request("prefill", "a", range(4)))
     until_told(role, 1)
     role.handle("r", request("prefill", "b", range(4)))

@@ -5,32 +5,11 @@ import time
 import pytest
 
 from decode_worker.role import DecodeRole
+from engine_rig import Hopes
 from kvstore.keys import page_keys
 from protos.errors import DiptychError, StalePage
 from protos.v1 import common_pb2, worker_pb2
-from role_kit import ROOT, assert_empty, cancel, make_engine, request, updates
-from worker.puller import Pulled
-
-
-class ScriptedPuller:
-    """Keeps every pull until `finish`."""
-
-    def __init__(self) -> None:
-        self.pulls: list = []
-        self.closed = False
-
-    def pull(self, source, refs, into, timeout_s, done) -> None:
-        self.pulls.append((list(refs), list(into), done))
-
-    def finish(self, error=None) -> None:
-        refs, _, done = self.pulls.pop(0)
-        done(Pulled(len(refs), 100 * len(refs), 1.5, "shm", error))
-
-    def close_idle(self, now) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
+from role_kit import ROOT, ScriptedPuller, assert_empty, cancel, make_engine, request, updates
 
 
 @pytest.fixture
@@ -138,7 +117,7 @@ def test_pages_of_answers_are_kept_under_their_keys(role, puller):
     assert len(role.pool.match(page_keys(ROOT, tokens, 4))) == 3
 
 
-def test_room_for_the_whole_answer_is_kept_from_the_start(role, puller):
+def test_room_for_the_expected_answer_is_kept_from_the_start(role, puller):
     role.handle("r", request("decode", "a", range(10), max_tokens=30))  # 39 tokens: 10 of 16 pages
     role.handle("r", request("decode", "b", range(100, 110), max_tokens=30))
     assert role.load().available_pages == 6
@@ -147,6 +126,55 @@ def test_room_for_the_whole_answer_is_kept_from_the_start(role, puller):
     assert not puller.pulls  # named, but there is no room yet
     role.handle("r", cancel("a"))
     assert [ref.index for ref in puller.pulls[0][0]] == [0, 1, 2]
+
+
+@pytest.fixture
+def crowded(puller) -> DecodeRole:
+    """Two sequences, the second of which has just given up its pages for the first; a third waits."""
+    role = DecodeRole(make_engine(num_pages=7, lengths=Hopes())[0], puller)
+    join(role, puller, "a", max_tokens=16)
+    join(role, puller, "b", range(100, 110), max_tokens=16)
+    role.handle("r", request("decode", "c", range(200, 210)))
+    updates(role)
+    while not role.load().preemptions:
+        role.step()
+    assert [sequence.request_id for sequence in role.engine.scheduler.waiting] == ["b"]
+    return role
+
+
+def test_a_preempted_sequence_goes_on_where_it_was_and_before_those_who_wait(crowded, puller):
+    """What it lost is computed here; nothing is pulled again, and nothing told twice."""
+    told = updates(crowded)
+    assert crowded.load().waiting == 2
+    assert not puller.pulls
+    while crowded.engine.scheduler.waiting:
+        assert not crowded._requests["c"].admitted
+        crowded.step()
+    for _ in range(30):
+        crowded.step()
+    assert list(crowded._requests) == ["b", "c"]
+    assert crowded._requests["c"].admitted  # b waits for the pages that are kept for what c pulls
+    crowded.handle("r", cancel("c"))
+    for _ in range(30):
+        crowded.step()
+    told += updates(crowded)
+    for name in "ab":
+        tokens = [token for update in told if update.request_id == name for token in update.token_ids]
+        assert tokens == list(range(1011, 1026))
+    assert_empty(crowded)
+
+
+@pytest.mark.parametrize("end", ["cancel", "router", "deadline"])
+def test_a_preempted_sequence_can_be_ended(crowded, end):
+    if end == "cancel":
+        for name in "abc":
+            crowded.handle("r", cancel(name))
+    elif end == "router":
+        crowded.drop_router("r")
+    else:
+        crowded.expire(time.monotonic() + 61)
+        assert {u.error.code for u in updates(crowded) if u.HasField("error")} == {"deadline_exceeded"}
+    assert_empty(crowded)
 
 
 def test_a_stale_page_is_a_typed_error_and_never_a_token(role, puller):
@@ -201,10 +229,52 @@ def test_no_more_sequences_than_the_batch_holds():
     assert role.load().waiting == 1
 
 
+def test_one_that_waited_for_room_and_then_finds_all_its_pages_joins(puller):
+    """Its prompt fills its pages exactly, so nothing is left to be pulled when it gets room."""
+    role = DecodeRole(make_engine(max_sequences=1)[0], puller)
+    for name in ("a", "b"):
+        role.handle("r", request("decode", name, range(8), max_tokens=2))
+        role.handle("r", pages(name, 0, 1))
+        role.handle("r", start(name))
+    puller.finish()
+    role.step()  # the last of a
+    role.step()
+    assert [update.request_id for update in updates(role) if update.token_ids] == ["a", "b"]
+    assert not puller.pulls
+    assert_empty(role)
+
+
 def test_pages_named_out_of_order_end_the_request(role, puller):
     role.handle("r", request("decode", "a", range(10)))
     role.handle("r", pages("a", 1))
     assert updates(role)[0].error.field == "pages"
+    assert_empty(role)
+
+
+def test_more_pages_than_the_prompt_has_end_the_request(role, puller):
+    role.handle("r", request("decode", "a", range(10)))
+    role.handle("r", pages("a", 0, 1, 2, 3))
+    assert updates(role)[0].error.field == "pages"
+    assert_empty(role)
+
+
+@pytest.mark.parametrize("late", [start("a"), pages("a", 3)], ids=["start", "pages"])
+def test_what_comes_after_the_hand_over_ends_the_request(role, puller, late):
+    """A second start would count the prompt twice; a page that is pulled then would overwrite the answer's."""
+    join(role, puller)
+    updates(role)
+    role.handle("r", late)
+    assert updates(role)[0].error.code == "invalid_request"
+    assert_empty(role)
+
+
+def test_one_that_ends_by_the_room_that_another_leaves_disturbs_nobody(role):
+    """Both deadlines pass at once; the second's pages were named wrongly, which shows when it gets room."""
+    role.handle("r", request("decode", "a", range(50), max_tokens=8))
+    role.handle("r", request("decode", "b", range(50), max_tokens=8))
+    role.handle("r", pages("b", 1))
+    role.expire(time.monotonic() + 100)
+    assert [update.error.code for update in updates(role)] == ["invalid_request", "deadline_exceeded"]
     assert_empty(role)
 
 

@@ -56,8 +56,8 @@ def resources(commands: list[str], address: str, tmp_path: Path) -> dict[str, fl
 @pytest.mark.parametrize(
     ("address", "role"), [("10.0.0.11", "prefill"), ("10.0.0.12", "decode"), ("10.0.0.111", "decode")]
 )
-def test_every_worker_host_has_one_role(config, tmp_path, address, role):
-    assert resources(config["worker_start_ray_commands"], address, tmp_path) == {role: 1}
+def test_every_worker_host_has_one_role_and_room_for_a_store(config, tmp_path, address, role):
+    assert resources(config["worker_start_ray_commands"], address, tmp_path) == {role: 1, "store": 1}
 
 
 def test_the_head_has_no_role_of_the_pools(config, tmp_path):

@@ -48,6 +48,8 @@ def test_the_table_has_a_column_for_each_answer(clock):
         prompt_pages=5,
         prefill_prefix_pages=2,
         decode_prefix_pages=4,
+        prefill_fetched_pages=1,
+        fetch_ms=2.5,
         transport="shm",
     )
     last = chunk(1, usage=inference_pb2.Usage(prompt_tokens=11, completion_tokens=1), stats=stats)
@@ -60,6 +62,7 @@ def test_the_table_has_a_column_for_each_answer(clock):
     assert "queue 1.2 ms 1.2 ms" in text
     assert "pages handed over 3 (3.0 MiB, shm) 3 (3.0 MiB, shm)" in text
     assert "prefix pages hit 4 of 5 4 of 5" in text
+    assert "prefix pages fetched 1 (2.5 ms) 1 (2.5 ms)" in text
     assert "between tokens, median - -" in text
 
 

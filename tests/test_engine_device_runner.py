@@ -13,7 +13,7 @@ from engine.loader import load_model
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.sequence import Finish
-from engine_rig import Request, make_engine, random_work, run
+from engine_rig import Hopes, Request, make_engine, random_work, run
 from kernels.attention import AttentionPlan, DecodePlan, PrefillPlan
 from kernels.decode_attention import decode_attention
 from kernels.prefill_attention import prefill_attention
@@ -131,6 +131,19 @@ def test_whatever_sampling_is_asked_for(model, device_engine):
     assert any(one.prompt_logprobs for one in kept_ahead.values())
 
 
+def test_who_gives_up_its_pages_goes_on_as_if_it_had_not(model, device_engine):
+    """Rows leave and join with a token unread; what they were counted for is counted anew."""
+    work = every_setting(random_work(seed=7, count=16, steps=3, longest=20))
+    expected, how = run(make_engine(model, ModelRunner), work, keep=(kept_plain := {}))
+    engine = device_engine(num_pages=16, lengths=Hopes())
+    answers, finishes = run(engine, work, keep=(kept := {}))
+    assert engine.scheduler.preemptions > 5
+    assert answers == expected
+    assert finishes == how
+    for name, one in kept.items():
+        assert_same_logprobs(one, kept_plain[name])
+
+
 def test_runs_of_tokens_are_banned_one_step_behind(model, device_engine):
     """What the free answer says is banned pair by pair, so every step depends on the token before it."""
     free, _ = run(make_engine(model, ModelRunner), [Request(0, "a", (7, 8, 9), 12)])
@@ -142,6 +155,9 @@ def test_runs_of_tokens_are_banned_one_step_behind(model, device_engine):
     expected, _ = run(make_engine(model, ModelRunner), work)
     assert expected["a"] != free["a"]
     assert run(device_engine(), work)[0] == expected
+    few = device_engine(num_pages=6, lengths=Hopes())
+    assert run(few, work)[0] == expected
+    assert few.scheduler.preemptions
 
 
 def test_who_is_dropped_disturbs_nobody(model, device_engine):

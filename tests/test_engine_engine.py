@@ -48,6 +48,7 @@ def sequence(name, tokens, answer_len=4, end_ids=()) -> Sequence:
         sampling=SamplingParams(),
         end_ids=frozenset(end_ids),
         keys=page_keys(ROOT, tokens, PAGE),
+        root=ROOT,
     )
 
 

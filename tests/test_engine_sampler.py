@@ -12,6 +12,7 @@ from engine.sampler import sample
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from kernels import philox
+from kvstore.keys import PageKey
 from sampling_oracle import random_case
 
 PROMPT = [3, 9, 9, 27]
@@ -19,7 +20,7 @@ DRAWS = 20_000
 
 
 def row(params, tokens=PROMPT, prompt_len=4, ends=()):
-    return Sequence("r", tokens, prompt_len, 10**9, params, frozenset(ends), [])
+    return Sequence("r", tokens, prompt_len, 10**9, params, frozenset(ends), [], PageKey(bytes(16)))
 
 
 def draws(logits, params, count, seed=0):

@@ -7,6 +7,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Finish, Sequence
 from kvstore.keys import PageKey, page_keys
+from kvstore.lineage import Lineage
 from kvstore.page_state import PageState
 from kvstore.pool import PagePool
 from protos.errors import InvalidRequest, Overloaded
@@ -17,7 +18,7 @@ PAGE = 4
 
 def make(num_pages=16, **config) -> Scheduler:
     settings = {"page_size": PAGE, "num_pages": num_pages, "token_budget": 10, "max_sequences": 4, "max_waiting": 4}
-    return Scheduler(PagePool(num_pages), EngineConfig(**(settings | config)), ROOT)
+    return Scheduler(PagePool(num_pages), EngineConfig(**(settings | config)))
 
 
 def sequence(name: str, tokens, answer_len=1) -> Sequence:
@@ -30,6 +31,7 @@ def sequence(name: str, tokens, answer_len=1) -> Sequence:
         sampling=SamplingParams(),
         end_ids=frozenset({99}),
         keys=page_keys(ROOT, tokens, PAGE),
+        root=ROOT,
     )
 
 
@@ -90,12 +92,12 @@ def test_a_prefix_is_reused_but_at_least_one_token_is_computed():
 def test_pages_of_sampled_tokens_are_sealed_under_keys_that_chain_on():
     sealed = []
     scheduler = make()
-    scheduler._on_seal = lambda family, key: sealed.append((family, key))
+    scheduler._on_seal = sealed.append
     scheduler.add(one := sequence("a", range(6), answer_len=7))
     for _ in range(6):
         step(scheduler)
     keys = page_keys(ROOT, one.tokens, PAGE)
-    assert sealed == [(keys[0], keys[0]), (keys[0], keys[1])]
+    assert sealed == [Lineage(keys[0], keys[0], None), Lineage(keys[1], keys[0], keys[0])]
 
 
 def test_the_tail_page_of_a_dropped_sequence_is_never_reused():

@@ -16,12 +16,20 @@ from protos import errors
 from protos.v1 import worker_pb2
 
 HANDLE = bytes(range(1, 65))
+GPU = bytes(range(16))
+NO_CUDA = "no GPU is visible"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: NO_CUDA)
 
 
 @pytest.fixture
 def gpu_pool() -> Iterator[SegmentBase]:
     """The host part of a pool whose pages are on a GPU."""
-    segment = SegmentBase._create(SegmentHeader(SMALL, 1000, INCARNATION, HANDLE))
+    segment = SegmentBase._create(SegmentHeader(SMALL, 1000, INCARNATION, HANDLE, GPU))
     yield segment
     segment.close()
 
@@ -37,7 +45,7 @@ def test_readers_see_generations_and_the_handle(gpu_pool):
     gpu_pool.generations[999] = 2**40
     theirs = SegmentBase.open(gpu_pool.address, INCARNATION, SMALL)
     assert theirs.header.on_gpu
-    assert theirs.header.ipc_handle == HANDLE
+    assert (theirs.header.ipc_handle, theirs.header.gpu) == (HANDLE, GPU)
     assert theirs.generations[[0, 999]].tolist() == [0, 2**40]
     assert theirs.header.size < SMALL.page_bytes * 1000  # no pages in host memory
     theirs.close()
@@ -87,11 +95,11 @@ def source(*transports: str, address: str) -> worker_pb2.PageSource:
     return worker_pb2.PageSource(worker_id="w", incarnation=INCARNATION, format=SMALL.to_proto(), endpoints=endpoints)
 
 
-def test_a_reader_with_its_pages_in_host_memory_passes_cuda_ipc_over(gpu_pool, local):
+def test_a_reader_without_a_gpu_passes_cuda_ipc_over(gpu_pool, local):
     names = ["cuda_ipc", "shm"]
     with pytest.raises(errors.WorkerLost) as caught:
         registry.connect(source(*names, address=gpu_pool.address), local, names)
-    assert "cuda_ipc: this worker's pages are in host memory; shm: the pages of " in caught.value.message
+    assert "cuda_ipc: no GPU is visible; shm: the pages of " in caught.value.message
 
 
 def test_a_slower_way_than_the_first_is_reported(local, caplog):
@@ -99,7 +107,7 @@ def test_a_slower_way_than_the_first_is_reported(local, caplog):
     registry.connect(source("shm", address=owner.address), local, ["shm"]).close()
     assert not caplog.messages
     registry.connect(source("cuda_ipc", "shm", address=owner.address), local, ["cuda_ipc", "shm"]).close()
-    assert caplog.messages == ["pages of w come by shm, because of cuda_ipc: this worker's pages are in host memory"]
+    assert caplog.messages == ["pages of w come by shm, because of cuda_ipc: no GPU is visible"]
     owner.close()
 
 
@@ -108,16 +116,17 @@ def test_only_what_suits_the_pool_is_offered(gpu_pool, local):
     assert [server.endpoint.transport for server in servers] == ["shm"]
     with pytest.raises(errors.FixTheSetup, match="no transport: cuda_ipc: this worker's pages are in host memory"):
         registry.serve(["cuda_ipc"], local, "127.0.0.1")
-    assert "on a GPU" in shm.unavailable(gpu_pool)
+    assert "on a GPU" in shm.cannot_serve(gpu_pool)
 
 
 def test_without_cuda_the_reason_is_told(monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     assert cuda.unavailable() == "the package cuda-bindings is not installed"
 
 
-def test_a_gpu_pool_asks_whether_there_is_cuda(monkeypatch, local):
-    monkeypatch.setattr(cuda, "unavailable", lambda: "no GPU is visible")
-    assert cuda_ipc.unavailable(local) == "this worker's pages are in host memory"
-    monkeypatch.setattr(cuda_ipc, "DeviceSegment", Segment)
-    assert cuda_ipc.unavailable(local) == "no GPU is visible"
+def test_any_pool_can_be_filled_where_there_is_cuda(monkeypatch, local):
+    assert cuda_ipc.cannot_fill(local) == NO_CUDA
+    monkeypatch.setattr(cuda, "unavailable", lambda: "")
+    assert not cuda_ipc.cannot_fill(local)
+    assert cuda_ipc.cannot_serve(local) == "this worker's pages are in host memory"

@@ -1,9 +1,9 @@
-"""One suite for the directory in memory and in a real Valkey."""
+"""One suite for the directory in memory, in a real Valkey and in a real cluster of them."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 
 import msgpack
@@ -15,6 +15,7 @@ from kvstore.memory_directory import MemoryDirectory
 from kvstore.page_format import PageFormat
 from kvstore.redis_directory import RedisDirectoryReader, RedisDirectoryWriter
 from kvstore.valkey import EmbeddedValkey
+from valkey_servers import PASSWORD, cluster, join
 
 RECORD = WorkerRecord(
     worker_id="prefill-0",
@@ -52,7 +53,20 @@ def valkey() -> Iterator[EmbeddedValkey]:
         yield server
 
 
-@pytest.fixture(params=["memory", "valkey"])
+@pytest.fixture(scope="module")
+def valkey_url(valkey: EmbeddedValkey) -> str:
+    return valkey.url
+
+
+@pytest.fixture(scope="module")
+def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(node) for node in cluster(tmp_path_factory.mktemp("cluster"))]
+        join(nodes)
+        yield f"redis+cluster://:{PASSWORD}@127.0.0.1:{nodes[0].port}"
+
+
+@pytest.fixture(params=["memory", "valkey", "cluster"])
 async def make(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Directory]]:
     """Makes directories; each with an entry_ttl_s of its own, and empty."""
     stack = AsyncExitStack()
@@ -61,10 +75,10 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Di
         if request.param == "memory":
             directory = MemoryDirectory(entry_ttl_s)
             return Directory(directory, directory)
-        url = request.getfixturevalue("valkey").url
-        cluster = f"test-{time.monotonic_ns()}"
-        reader = RedisDirectoryReader(url, cluster, entry_ttl_s=entry_ttl_s)
-        writer = RedisDirectoryWriter(url, cluster, entry_ttl_s=entry_ttl_s)
+        url = request.getfixturevalue(f"{request.param}_url")
+        name = f"test-{time.monotonic_ns()}"
+        reader = RedisDirectoryReader(url, name, entry_ttl_s=entry_ttl_s)
+        writer = RedisDirectoryWriter(url, name, entry_ttl_s=entry_ttl_s)
         stack.push_async_callback(reader.aclose)
         stack.callback(writer.close)
         return Directory(reader, writer)

@@ -104,5 +104,23 @@ def test_what_is_known_of_pages_that_left_is_bounded():
     for number in range(1000):
         policy.add(PageId(number % 16), PageKey(number.to_bytes(16, "little")))
         policy.evict()
-    assert len(policy._gone) <= 32
+    assert len(policy._gone) <= 80
+    assert len(policy._waiting) < 20
     assert len(policy) == len(policy._held) == 0
+
+
+def test_pages_whose_fate_is_not_known_yet_count_among_those_that_grew_so_old():
+    """10 pages are read at an age that 54 others have reached too: or these others were read when they were young."""
+
+    def worth_of_the_young(others_wait: bool) -> float:
+        policy = ReuseRate(100)
+        for number in range(200):
+            policy.add(PageId(number), PageKey(number.to_bytes(16, "little")))
+            if number >= 64 or (number >= 10 and not others_wait):
+                policy.take(PageId(number))
+        for number in range(10):
+            policy.take(PageId(number))
+        policy._reckon()
+        return policy._worth[0][policy._bin(190)]
+
+    assert 0 < worth_of_the_young(others_wait=True) < worth_of_the_young(others_wait=False) / 4

@@ -131,6 +131,19 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.credits)
     @rule(data=st.data())
+    def take_over(self, data: st.DataObject) -> None:
+        to, gained = data.draw(st.sampled_from(self.model.credits))
+        of, left = data.draw(st.sampled_from(self.model.credits))
+        if left[0]:
+            to.take_over(of)
+            left[0] -= 1
+            gained[0] += 1
+        else:
+            with pytest.raises(IllegalMove):
+                to.take_over(of)
+
+    @precondition(lambda self: self.model.credits)
+    @rule(data=st.data())
     def close_credit(self, data: st.DataObject) -> None:
         credit, left = data.draw(st.sampled_from(self.model.credits))
         credit.close()

@@ -14,7 +14,7 @@ from kvstore import redis_scripts
 from kvstore.directory import WorkerRecord
 from kvstore.keys import PageKey
 from kvstore.page_format import PageFormat
-from kvstore.redis_directory import RedisDirectoryReader, RedisDirectoryWriter, redacted
+from kvstore.redis_directory import RedisDirectoryReader, RedisDirectoryWriter
 from kvstore.valkey import EmbeddedValkey
 from protos import errors
 
@@ -177,20 +177,6 @@ async def test_a_wrong_password_is_a_typed_error_that_does_not_tell_it():
         reader = RedisDirectoryReader(server.url, "c")
         await reader.ping()
         await reader.aclose()
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("redis://user:pass@host:7000/1?x=pass", "redis://host:7000"),
-        ("rediss://:pass@host", "rediss://host:6379"),
-        ("redis://:pass@[::1]:7000", "redis://[::1]:7000"),
-        ("unix://user:pass@/run/valkey.sock?db=1", "unix:///run/valkey.sock"),
-        ("redis://:pa#ss@host:6379", "the Redis URL"),
-    ],
-)
-def test_redacted(url, shown):
-    assert redacted(url) == shown
 
 
 def test_every_script_has_a_legend():

@@ -85,7 +85,7 @@ def test_a_format_that_is_no_format_is_refused(source, local):
 
 
 def test_an_unknown_transport_cannot_be_served(segment):
-    with pytest.raises(errors.FixTheSetup, match="'pigeon': there are cuda_ipc, shm, tcp"):
+    with pytest.raises(errors.FixTheSetup, match="'pigeon': there are cuda_ipc, shm, nixl, tcp"):
         registry.serve(["tcp", "pigeon"], segment, "127.0.0.1")
 
 

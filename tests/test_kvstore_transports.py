@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvstore.segment import Segment
-from kvstore.transports import base, registry, shm, tcp_wire
+from kvstore.transports import base, nixl, nixl_agent, registry, shm, tcp_wire
 from kvstore.transports.base import PageReader
 from kvstore_owner import INCARNATION, LARGE, SMALL, Owner
 from protos import errors
@@ -17,7 +17,10 @@ OLD, NEW = 11, 22
 TIMEOUT_S = 20.0
 
 
-@pytest.fixture(params=["shm", "tcp"])
+WITHOUT_NIXL = pytest.mark.skipif(bool(nixl_agent.unavailable()), reason=nixl_agent.unavailable())
+
+
+@pytest.fixture(params=["shm", "tcp", pytest.param("nixl", marks=WITHOUT_NIXL)])
 def transport(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -82,7 +85,10 @@ def connect() -> Iterator[Callable[[Owner, str, Segment], PageReader]]:
 
 
 def in_the_middle_of_a_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """When part of the first page has been copied, `act`; then the copy goes on. Only the timing is changed."""
+    """When part of the first page has been copied, `act`; then the copy goes on. Only the timing is changed.
+
+    Of readers that are connected after this.
+    """
     acts = iter([act])
 
     def copy_page(self: shm.ShmReader, page: int, into: int) -> None:
@@ -100,6 +106,21 @@ def in_the_middle_of_a_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[], N
             next(acts, lambda: None)()
         receive(connection, into, deadline)
 
+    prepare = nixl_agent.NixlAgent.prepare
+
+    def prepare_halves(self: nixl_agent.NixlAgent, blocks: nixl_agent.Blocks, peer: str = "") -> int:
+        if blocks.size == LARGE.page_bytes:
+            blocks = replace(blocks, size=blocks.size // 2, count=2 * blocks.count)
+        return prepare(self, blocks, peer)
+
+    def read_pages(self: nixl.NixlReader, pages: list[int], into: list[int], deadline: float) -> None:
+        for half in (0, 1):
+            here, there = ([2 * page + half for page in ends] for ends in (into, pages))
+            self._agent.read(self._pages_here, here, self._pages_there, there, deadline)
+            next(acts, lambda: None)()
+
+    monkeypatch.setattr(nixl_agent.NixlAgent, "prepare", prepare_halves)
+    monkeypatch.setattr(nixl.NixlReader, "_read_pages", read_pages)
     monkeypatch.setattr(shm.ShmReader, "_copy_page", copy_page)
     monkeypatch.setattr(tcp_wire, "receive", receive_in_two_parts)
 
@@ -179,8 +200,8 @@ def test_another_format_is_refused_with_the_difference(owner, local, transport):
 
 def test_an_owner_killed_in_the_middle_of_a_copy_is_lost(mortal, large_local, connect, transport, monkeypatch):
     refs = mortal.fill(OLD, OLD)
-    reader = connect(mortal, transport, large_local)
     in_the_middle_of_a_copy(monkeypatch, mortal.kill)
+    reader = connect(mortal, transport, large_local)
     started = time.monotonic()
     with pytest.raises(errors.WorkerLost):
         reader.pull(refs, [0, 1], TIMEOUT_S)

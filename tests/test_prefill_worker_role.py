@@ -7,13 +7,13 @@ import pytest
 from prefill_worker.role import PrefillRole
 from protos.errors import DiptychError
 from protos.v1 import common_pb2
-from role_kit import PAGE, assert_empty, cancel, make_engine, release, request, updates
+from role_kit import PAGE, ScriptedPuller, assert_empty, cancel, make_engine, release, request, updates
 from worker.role import is_idle
 
 
 @pytest.fixture
 def role() -> PrefillRole:
-    return PrefillRole(make_engine()[0])
+    return PrefillRole(make_engine()[0], ScriptedPuller())
 
 
 def run(role, steps=1):
@@ -152,7 +152,7 @@ def test_a_full_queue_refuses_and_says_so(role):
 
 def test_a_failed_step_ends_its_requests_with_an_error_and_nothing_else():
     engine, runner = make_engine()
-    role = PrefillRole(engine)
+    role = PrefillRole(engine, ScriptedPuller())
     role.handle("r", request("prefill", "a", range(4)))
     runner.fail = RuntimeError("no such luck")
     with pytest.raises(RuntimeError):

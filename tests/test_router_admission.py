@@ -11,10 +11,12 @@ from protos.v1 import common_pb2, inference_pb2
 from router.admission import Admission, Limits
 from router.prompt import PromptReader
 from router.served_model import ServedModel
+from router.tenant import Tenant
 from router_rig import with_prompt
 from tiny_model import EOS_ID, make_tiny_model
 
 CONTEXT = 2048
+TENANT = Tenant("secret")
 NO_LIMITS = Limits(sys.maxsize, sys.maxsize)
 
 
@@ -94,7 +96,7 @@ BAD = {
 async def test_what_is_wrong_is_refused_with_its_field(admission, case):
     message, field = BAD[case]
     with pytest.raises(errors.InvalidRequest) as caught:
-        await admission.admit(message, "r")
+        await admission.admit(message, "r", TENANT)
     assert caught.value.field == field
     assert caught.value.stage == "admission"
 
@@ -103,66 +105,68 @@ async def test_text_that_is_too_large_is_refused_unread(admission, monkeypatch):
     monkeypatch.setattr("engine.tokenizer.Tokenizer.encode", lambda *_: pytest.fail("it was tokenized"))
     for text in ("a" * 10_000_000, "ü" * 3_000_000):
         with pytest.raises(errors.InvalidRequest):
-            await admission.admit(request(text), "r")
+            await admission.admit(request(text), "r", TENANT)
 
 
 async def test_an_unknown_model_is_refused_by_name(admission):
     with pytest.raises(errors.UnknownModel, match="gpt-9"):
-        await admission.admit(request(model="gpt-9"), "r")
+        await admission.admit(request(model="gpt-9"), "r", TENANT)
 
 
 @pytest.mark.parametrize("name", ["", "tiny"])
 async def test_the_model_may_be_left_out(admission, name):
-    assert (await admission.admit(request(model=name), "r")).prompt_tokens == 5
+    assert (await admission.admit(request(model=name), "r", TENANT)).prompt_tokens == 5
 
 
 async def test_text_chat_and_ids_become_ids(admission, model):
-    text = await admission.admit(request("hello"), "r")
+    text = await admission.admit(request("hello"), "r", TENANT)
     assert unpack_tokens(text.token_ids) == model.tokenizer.encode("hello")
-    chat = await admission.admit(request([("user", "hello")]), "r")
+    chat = await admission.admit(request([("user", "hello")]), "r", TENANT)
     assert unpack_tokens(chat.token_ids) == model.tokenizer.apply_chat([{"role": "user", "content": "hello"}])
-    ids = await admission.admit(request([7, 8, 9]), "r")
+    ids = await admission.admit(request([7, 8, 9]), "r", TENANT)
     assert unpack_tokens(ids.token_ids) == [7, 8, 9]
 
 
 async def test_long_text_and_chat_are_tokenized_alike(admission, model):
     text = "the water of the river " * 150
-    admitted = await admission.admit(request(text), "r")
+    admitted = await admission.admit(request(text), "r", TENANT)
     assert unpack_tokens(admitted.token_ids) == model.tokenizer.encode(text)
-    admitted = await admission.admit(request([("user", text)]), "r")
+    admitted = await admission.admit(request([("user", text)]), "r", TENANT)
     assert unpack_tokens(admitted.token_ids) == model.tokenizer.apply_chat([{"role": "user", "content": text}])
 
 
 async def test_end_ids_are_the_models_and_the_requests(admission):
-    assert (await admission.admit(request(stop_token_ids=[9]), "r")).end_ids == {EOS_ID, 9}
-    assert (await admission.admit(request(stop_token_ids=[9], ignore_eos=True), "r")).end_ids == {9}
+    assert (await admission.admit(request(stop_token_ids=[9]), "r", TENANT)).end_ids == {EOS_ID, 9}
+    assert (await admission.admit(request(stop_token_ids=[9], ignore_eos=True), "r", TENANT)).end_ids == {9}
 
 
 async def test_bad_words_become_runs_of_ids(admission, model):
-    admitted = await admission.admit(request(bad_words=["the"], bad_tokens=[common_pb2.TokenSequence(ids=[9])]), "r")
+    admitted = await admission.admit(
+        request(bad_words=["the"], bad_tokens=[common_pb2.TokenSequence(ids=[9])]), "r", TENANT
+    )
     assert admitted.sampling.bad_words == ()
     assert admitted.sampling.bad_tokens == ((9,), *(tuple(model.tokenizer.encode_part(t)) for t in ("the", " the")))
 
 
 async def test_the_default_of_max_tokens_makes_room_for_min_tokens(admission):
-    admitted = await admission.admit(request([5] * (CONTEXT - 8), min_tokens=8), "r")
+    admitted = await admission.admit(request([5] * (CONTEXT - 8), min_tokens=8), "r", TENANT)
     assert (admitted.sampling.min_tokens, admitted.sampling.max_tokens) == (8, 8)
 
 
 async def test_a_seed_is_kept_or_drawn(admission):
-    assert (await admission.admit(request(seed=2**64 - 1), "r")).sampling.seed == 2**64 - 1
-    assert (await admission.admit(request(seed=0), "r")).sampling.seed == 0
-    drawn = {(await admission.admit(request(), "r")).sampling.seed for _ in range(3)}
+    assert (await admission.admit(request(seed=2**64 - 1), "r", TENANT)).sampling.seed == 2**64 - 1
+    assert (await admission.admit(request(seed=0), "r", TENANT)).sampling.seed == 0
+    drawn = {(await admission.admit(request(), "r", TENANT)).sampling.seed for _ in range(3)}
     assert len(drawn) == 3
 
 
 async def test_max_tokens_that_just_fit_are_kept(admission):
-    admitted = await admission.admit(request([5] * 100, max_tokens=CONTEXT - 100), "r")
+    admitted = await admission.admit(request([5] * 100, max_tokens=CONTEXT - 100), "r", TENANT)
     assert admitted.sampling.max_tokens == CONTEXT - 100
 
 
 async def test_the_default_of_max_tokens_shrinks_to_the_context(admission):
-    assert (await admission.admit(request([5] * (CONTEXT - 3)), "r")).sampling.max_tokens == 3
+    assert (await admission.admit(request([5] * (CONTEXT - 3)), "r", TENANT)).sampling.max_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -180,10 +184,10 @@ async def test_what_no_worker_can_ever_hold_is_refused(model, limits, prompt, ma
     admission = Admission(model, prompts, 2, lambda: limits, lambda: 0.0)
     message = request([5] * prompt, max_tokens=max_tokens)
     if field is None:
-        assert (await admission.admit(message, "r")).sampling.max_tokens == max_tokens
+        assert (await admission.admit(message, "r", TENANT)).sampling.max_tokens == max_tokens
     else:
         with pytest.raises(errors.InvalidRequest) as caught:
-            await admission.admit(message, "r")
+            await admission.admit(message, "r", TENANT)
         assert caught.value.field == field
     prompts.close()
 

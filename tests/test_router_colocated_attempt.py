@@ -5,9 +5,11 @@ import asyncio
 import pytest
 import pytest_asyncio
 
-from fake_worker import LENGTH, STOP, echo, never
+from fake_worker import FORMAT, LENGTH, PAGE_SIZE, STOP, echo, never
+from kvstore.keys import page_keys
 from protos import errors
 from protos.v1 import common_pb2, worker_pb2
+from router.served_model import ServedModel
 from router_rig import Rig, fails, messages, until
 from tiny_model import EOS_ID, make_tiny_model
 
@@ -45,6 +47,19 @@ async def test_an_answer_is_whole_and_told_with_its_numbers(rig):
     assert kinds(rig.colocated[0]) == ["hello", "prefill"]
     [prefill] = rig.colocated[0].said("prefill")
     assert (prefill.sampling.max_tokens, prefill.sampling.seed) == (12, 77)
+
+
+async def test_a_worker_fetches_what_another_has_and_is_too_busy_to_use(rig, model):
+    busy, idle = rig.colocated
+    prompt = list(range(3, 203)) * 5
+    keys = page_keys(ServedModel.load("tiny", model).root_key("", ("weights", FORMAT)), prompt, PAGE_SIZE)
+    rig.directory.publish(busy.record.holder, keys[0], keys[:50])
+    busy.load.queued_tokens = 100_000
+    await busy.say("nobody")
+    await asyncio.sleep(0.1)
+    assert (await rig.complete(prompt, max_tokens=3)).last.stats.prefill_worker == idle.record.worker_id
+    [prefill] = idle.said("prefill")
+    assert (prefill.fetch.source.worker_id, prefill.fetch.pages) == (busy.record.worker_id, 50)
 
 
 async def test_log_probabilities_reach_the_client_with_their_tokens(rig):

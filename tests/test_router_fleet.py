@@ -179,6 +179,33 @@ async def test_a_worker_that_differs_from_most_is_left_out_and_logged_once(world
     assert ("page_size 16 against 64" if "format" in odd else "other weights") in record.getMessage()
 
 
+async def test_page_stores_are_holders_and_no_workers(world):
+    directory, fleet, add = world
+    worker = await add("decode")
+    record = replace(worker.record, worker_id="store-0", pool="store", address="10.0.0.9:1")
+    directory.renew(record, 3600.0)
+    await until(lambda: len(fleet.holders()) == 2)
+    assert fleet.holders() == {worker.record.holder: worker.record, record.holder: record}
+    assert names(fleet.links.values()) == ["decode-0"]
+    assert fleet.usable("store") == []
+    worker.lose_lease()  # the directory has lost the workers, and knows a store already
+    await asyncio.sleep(0.2)
+    assert names(fleet.usable("decode")) == ["decode-0"]
+    directory.deregister("store-0", record.incarnation)
+    await until(lambda: record.holder not in fleet.holders())
+
+
+async def test_a_worker_that_drains_is_still_a_holder_and_one_that_is_lost_is_not(world):
+    _, fleet, add = world
+    worker, other = await add("prefill", 0), await add("prefill", 1)
+    await until(lambda: len(fleet.holders()) == 2)
+    worker.announce(draining=True)
+    await until(lambda: names(fleet.usable("prefill")) == ["prefill-1"])
+    assert worker.record.holder in fleet.holders()
+    await worker.die()
+    await until(lambda: list(fleet.holders()) == [other.record.holder])
+
+
 async def test_stopping_closes_every_link(world):
     _, fleet, add = world
     worker = await add("decode")

@@ -14,6 +14,7 @@ from protos import errors
 from protos.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from router.inference import Call, Inference
 from router.streams import TokenStream
+from router.tenant import Tenant
 from router_rig import Rig, fails, read, until, with_prompt
 from rpc import status
 from tiny_model import make_tiny_model
@@ -181,13 +182,13 @@ async def test_a_request_that_comes_too_late_is_not_begun(rig):
     now = monotonic()
     call = Call(long_request(5), None, stream, now, now - 0.001, None)
     with pytest.raises(errors.DeadlineExceeded) as caught:
-        await rig.router.inference._answer(call)
+        await rig.router.inference._answer(call, Tenant("secret"))
     assert caught.value.stage == "admission"
     assert not rig.prefill.said("prefill")
 
 
 def test_the_routers_deadline_is_a_little_before_the_calls():
-    inference = Inference(None, None, None, None, default_deadline_s=600.0)
+    inference = Inference(None, None, None, None, None, default_deadline_s=600.0)
 
     def left(call_has):
         return inference._time_left_s(SimpleNamespace(time_remaining=lambda: call_has))

@@ -4,13 +4,20 @@ from dataclasses import replace
 
 import pytest
 
+from fake_worker import FORMAT
+from kvstore.directory import WorkerRecord
 from router.placement import (
+    FETCH_START_MS,
     HIDDEN_SHARE,
+    SHORTLIST,
     STEP_BASE_SEQUENCES,
     TYPICAL_ANSWER,
     Candidate,
+    Holder,
     Job,
+    best_source,
     choose,
+    likely_sources,
     predict,
     predict_colocated,
 )
@@ -40,11 +47,20 @@ def cost(prefill=IDLE, decode=IDLE, job=JOB, now=NOW):
     return predict(prefill, decode, job, now)
 
 
+def holder(pages, host="10.0.0.1", worker_id="store", transports=("shm", "tcp")) -> Holder:
+    endpoints = tuple((name, "somewhere") for name in transports)
+    return Holder(WorkerRecord(worker_id, 1, "store", f"{host}:99", "m", "w", FORMAT, 0, endpoints), pages)
+
+
+def fetched(source, worker=IDLE, job=JOB):
+    return predict(worker, IDLE, job, NOW, source)
+
+
 def test_the_total_is_the_sum_of_its_terms():
-    both = cost()
-    assert both.total_ms == both.queue_ms + both.compute_ms + both.hand_over_ms + both.decode_ms
-    assert both.ttft_ms == both.queue_ms + both.compute_ms
-    for term in (both.queue_ms, both.compute_ms, both.hand_over_ms, both.decode_ms, both.total_ms):
+    both = predict(replace(IDLE, queued_tokens=3), IDLE, JOB, NOW, holder(10))
+    assert both.ttft_ms == both.queue_ms + both.fetch_ms + both.compute_ms
+    assert both.total_ms == both.ttft_ms + both.hand_over_ms + both.decode_ms
+    for term in (both.queue_ms, both.fetch_ms, both.compute_ms, both.hand_over_ms, both.decode_ms, both.total_ms):
         assert f"{term:.1f}" in str(both)
 
 
@@ -188,3 +204,74 @@ def test_the_cheaper_of_pair_and_colocated_worker_is_chosen():
         assert (placement.prefill.worker_id, placement.decode.worker_id) == expected
     assert choose([], [IDLE], JOB, NOW, [busy]).prefill == busy
     assert choose([], [], JOB, NOW, [small]) is None
+
+
+def test_a_fetch_costs_its_start_and_the_pages_that_are_lacking():
+    both = fetched(holder(10))
+    assert both.fetch_ms == pytest.approx(FETCH_START_MS + 10 * 0.25)  # pages of 1 MB at 4 GB/s
+    assert both.compute_ms == 1000.0 - 640.0
+    assert fetched(holder(10), replace(IDLE, prefix_pages=6)).fetch_ms == pytest.approx(FETCH_START_MS + 4 * 0.25)
+    assert cost().fetch_ms == 0.0
+
+
+def test_a_fetch_never_brings_the_page_of_the_last_token():
+    whole_pages = replace(JOB, prompt_tokens=128)
+    both = fetched(holder(2), job=whole_pages)
+    assert both.fetch_ms == pytest.approx(FETCH_START_MS + 0.25)
+    assert both.compute_ms == 64.0
+
+
+def test_shared_memory_and_gpus_memory_reach_only_within_a_host():
+    for transports, far in ((("shm", "tcp"), 1.0), (("cuda_ipc", "tcp"), 1.0), (("cuda_ipc",), 1.0)):
+        there = fetched(holder(10, host="10.0.0.2", transports=transports)).fetch_ms
+        assert there == pytest.approx(FETCH_START_MS + 10 * far)  # 1 MB at 1 GB/s
+        assert fetched(holder(10, transports=transports)).fetch_ms < there
+    assert fetched(holder(10, transports=("cuda_ipc", "tcp"))).fetch_ms < fetched(holder(10)).fetch_ms
+
+
+def test_a_fetch_beside_a_queue_costs_a_share_of_its_time():
+    whole = FETCH_START_MS + 10 * 0.25
+    assert fetched(holder(10), replace(IDLE, queued_tokens=500)).fetch_ms == pytest.approx(whole * HIDDEN_SHARE)
+    assert fetched(holder(10), replace(IDLE, queued_tokens=5)).fetch_ms == pytest.approx(whole - 5 + 5 * HIDDEN_SHARE)
+
+
+def source_of(worker, *holders, job=JOB):
+    return best_source(worker, job, NOW, likely_sources(holders))
+
+
+def test_a_source_is_taken_only_where_moving_is_faster_than_computing():
+    near = holder(10)
+    assert source_of(IDLE, near) == near
+    assert source_of(replace(IDLE, tokens_per_s=1e6), near) is None  # 640 tokens in 0.64 ms
+    large = replace(JOB, page_bytes=400_000_000)
+    assert source_of(IDLE, near, job=large) is None  # 100 ms for each page, 64 to compute it
+    assert source_of(replace(IDLE, prefix_pages=10), near) is None
+
+
+def test_of_several_sources_the_fastest_is_taken():
+    near, far, farther = holder(9), holder(10, host="10.0.0.2"), holder(10, host="10.0.0.3", worker_id="z")
+    assert source_of(IDLE, near, far, farther) == far  # a page more saves 64 ms, and tcp costs 10
+    assert source_of(IDLE, near, holder(9, host="10.0.0.2")) == near
+    slow = replace(JOB, page_bytes=100_000_000)  # by tcp 100 ms each, by shm 25
+    assert source_of(IDLE, near, far, job=slow) == near
+    assert source_of(IDLE, holder(8, worker_id="less"), near) == near
+
+
+def test_the_source_on_the_own_host_is_looked_at_among_many():
+    near = holder(9)
+    far = [holder(10, host=f"10.0.1.{i}") for i in range(4 * SHORTLIST)]
+    assert source_of(IDLE, *far, near, job=replace(JOB, page_bytes=100_000_000)) == near
+
+
+def test_who_can_fetch_competes_with_who_holds():
+    """The holder of the prefix is busy; its neighbour fetches, and is chosen with its source."""
+    busy = named("busy", prefix_pages=10, queued_tokens=500)
+    source = holder(10, worker_id="busy")
+    placement = choose([busy, named("idle")], [IDLE], JOB, NOW, [], [source])
+    assert (placement.prefill.worker_id, placement.source) == ("idle", source)
+    assert placement.cost.fetch_ms > 0
+    free = replace(busy, queued_tokens=0)
+    placement = choose([free, named("idle")], [IDLE], JOB, NOW, [], [source])
+    assert (placement.prefill.worker_id, placement.source, placement.cost.fetch_ms) == ("busy", None, 0.0)
+    placement = choose([], [], JOB, NOW, [named("alone")], [source])
+    assert (placement.prefill.worker_id, placement.source) == ("alone", source)

@@ -55,6 +55,23 @@ def spell(tokenizer: Tokenizer, text: str):
 # The life as it should be
 
 
+async def test_prefill_is_told_where_pages_can_be_fetched_and_the_client_what_came_of_it(rig, model):
+    async def script(worker, message):
+        report = worker_pb2.PrefillReport(queue_ms=6.0, prefix_pages=1, fetched_pages=4, fetch_ms=5.0)
+        await worker.say(message.request_id, sealed=page_refs(message), token_ids=[9], prefill=report)
+
+    prompt = list(range(3, 203)) * 5
+    keys = page_keys(ServedModel.load("tiny", model).root_key("", ("weights", FORMAT)), prompt, PAGE_SIZE)
+    rig.directory.publish(rig.decode.record.holder, keys[0], keys[:50])
+    rig.prefill.script = script
+    stats = (await rig.complete(prompt, max_tokens=3)).last.stats
+    [fetch] = [message.fetch for message in rig.prefill.said("prefill")]
+    assert (fetch.pages, fetch.address, fetch.source.worker_id) == (50, rig.decode.record.address, "decode-0")
+    assert (stats.prefill_prefix_pages, stats.prefill_fetched_pages, stats.fetch_ms) == (1, 4, 5.0)
+    await rig.complete(PROMPT)
+    assert not rig.prefill.said("prefill")[1].HasField("fetch")
+
+
 async def test_an_answer_is_whole_and_told_with_its_numbers(rig):
     rig.prefill.pause_s = 0.05  # longer than the queue that it tells of
     whole = await rig.complete(PROMPT, max_tokens=12)

@@ -72,6 +72,42 @@ async def test_updates_reach_the_request_that_they_are_for(worker, link):
     assert [list(u.token_ids) for u in second.updates] == [[7]]
 
 
+def step(token):
+    return worker_pb2.Step(updates=[worker_pb2.SequenceUpdate(request_id="a", token_ids=[token])])
+
+
+def told(listener):
+    return [token for update in listener.updates for token in update.token_ids]
+
+
+async def test_steps_that_come_while_the_last_is_passed_on_gather(link):
+    """The first is passed on at once, the others together once those who heard it have had their turn."""
+    listener = Heard()
+    link.listen("a", claim(listener))
+    for token in range(3):
+        link._hear(step(token))
+    assert told(listener) == [0]
+    turns = []
+    asyncio.get_running_loop().call_soon(lambda: turns.append(told(listener)))
+    await until(lambda: len(told(listener)) == 3)
+    assert told(listener) == [0, 1, 2]
+    assert turns == [[0]]
+    await until(lambda: link._resting is None)
+    link._hear(step(3))
+    assert told(listener) == [0, 1, 2, 3]
+
+
+async def test_what_had_gathered_is_passed_on_before_a_loss(worker, link):
+    listener = Heard()
+    link.listen("a", claim(listener))
+    link._hear(step(0))
+    link._resting.cancel()  # it would not end in time
+    link._hear(step(1))
+    await worker.die()
+    await until(lambda: listener.losses)
+    assert told(listener) == [0, 1]
+
+
 async def test_a_forgotten_request_hears_no_more(worker, link):
     gone, here = Heard(), Heard()
     link.listen("a", claim(gone))

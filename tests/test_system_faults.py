@@ -1,6 +1,7 @@
 """Bad input and faults on real processes: typed errors that name field or stage, nothing leaked or disturbed."""
 
 import asyncio
+import os
 import signal
 import time
 
@@ -10,8 +11,12 @@ import pytest_asyncio
 
 from diptych.client import Client
 from engine.config import EngineConfig
+from kvstore.keys import PageKey, page_keys
+from kvstore.page_format import PageFormat
+from kvstore.redis_directory import RedisDirectoryReader
 from protos import errors
 from protos.v1 import inference_pb2, inference_pb2_grpc
+from router.served_model import ServedModel
 from stack import Stack
 from tiny_model import make_tiny_model
 
@@ -200,19 +205,51 @@ async def test_a_request_that_finds_no_worker_says_which_pool_is_empty(stack):
         await stack.add("decode")
 
 
-async def test_requests_go_on_while_redis_is_down_and_workers_announce_again(stack):
-    stream = stack.client.generate(token_ids=PROMPT, max_tokens=200, ignore_eos=True)
-    ids = (await anext(stream)).token_ids
-    await asyncio.to_thread(stack.valkey.stop)
-    ids += tuple([token async for chunk in stream for token in chunk.token_ids])
-    assert len(ids) == 200
-    down = await stack.client.complete(token_ids=PROMPT, max_tokens=8, ignore_eos=True)
-    assert down.token_ids == ids[:8]
+async def test_requests_go_on_while_redis_is_killed_and_workers_tell_an_empty_one_everything_again(stack):
+    keys = page_keys(await root_key(stack), PROMPT, 16)
+    reader = RedisDirectoryReader(stack.valkey.url, "diptych")
+    held = {f"{d.worker_id}/{d.incarnation}": 6 for d in await stack.descriptions()}
+    assert await reader.lookup(keys) == held
+    enough = asyncio.Event()
+    load = [asyncio.create_task(ask_until(enough, stack, [3 + n, *PROMPT])) for n in range(3)]
+    await asyncio.sleep(0.3)
+
+    os.kill(stack.valkey.pid, signal.SIGKILL)
+    await asyncio.to_thread(stack.valkey.stop)  # removes its socket
+    down = await stack.client.complete(token_ids=PROMPT[:50], max_tokens=8, ignore_eos=True)
+    assert len(down.token_ids) == 8
     await asyncio.to_thread(stack.valkey.start)  # empty, at the same address
-    await asyncio.sleep(5.0)  # longer than a lease
-    back = await stack.client.complete(token_ids=PROMPT, max_tokens=8, ignore_eos=True)
-    assert back.token_ids == ids[:8]
-    assert back.stats.prefill_prefix_pages == 6
+
+    deadline = time.monotonic() + 20
+    while await found(reader, keys) != held:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    await reader.aclose()
+    enough.set()
+    for answers in await asyncio.gather(*load):
+        assert len(answers) > 1
+        assert len(set(answers)) == 1
+
+
+async def root_key(stack) -> PageKey:
+    description = (await stack.descriptions())[0]
+    identity = description.fingerprint, PageFormat.from_proto(description.source.format)
+    return ServedModel.load("tiny", stack.model).root_key("", identity)
+
+
+async def found(reader, keys) -> dict[str, int]:
+    try:
+        return await reader.lookup(keys)
+    except errors.MetadataUnavailable:
+        return {}
+
+
+async def ask_until(enough, stack, prompt) -> list[tuple[int, ...]]:
+    """One request after the other; raises what makes one fail."""
+    answers = []
+    while not enough.is_set():
+        answers.append((await stack.client.complete(token_ids=prompt, max_tokens=20, ignore_eos=True)).token_ids)
+    return answers
 
 
 async def test_a_router_that_is_killed_leaves_nothing_in_the_workers(stack):

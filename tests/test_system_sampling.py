@@ -50,7 +50,8 @@ OPTIONS = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stack(tmp_path_factory):
     model = make_tiny_model(tmp_path_factory.mktemp("model"))
-    async with Stack(model, 1, 1, EngineConfig(page_size=16, num_pages=256, token_budget=64, dtype="float32")) as stack:
+    engine = EngineConfig(page_size=16, num_pages=256, token_budget=64, dtype="float32")
+    async with Stack(model, 1, 1, engine, verify="checksum") as stack:
         yield stack
         await stack.assert_nothing_held()
 

@@ -7,7 +7,8 @@ import pytest
 import pytest_asyncio
 
 from prefill_worker.role import PrefillRole
-from role_kit import assert_empty, make_engine, release, request
+from protos.errors import WorkerLost
+from role_kit import ScriptedPuller, assert_empty, make_engine, release, request
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
 from worker.role import is_idle
@@ -16,7 +17,7 @@ from worker.role import is_idle
 @pytest_asyncio.fixture
 async def kit():
     engine, runner = make_engine()
-    role = PrefillRole(engine)
+    role = PrefillRole(engine, ScriptedPuller())
     loop = WorkerLoop(role)
     loop.start()
     yield loop, role, runner
@@ -89,13 +90,16 @@ async def test_a_failed_expiry_does_not_end_the_thread(kit, monkeypatch):
     loop.handle("r", release("a"))
 
 
-async def test_a_failed_step_is_answered_and_the_loop_goes_on(kit):
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("broken"), "internal"), (WorkerLost("no answer from the GPU"), "worker_lost")]
+)
+async def test_a_failed_step_is_answered_and_the_loop_goes_on(kit, error, code):
     loop, _, runner = kit
     outbox = await attach(loop)
-    runner.fail = RuntimeError("broken")
+    runner.fail = error
     loop.handle("r", request("prefill", "a", range(10)))
     step = await asyncio.wait_for(outbox.take(), 5)
-    assert (step.updates[0].error.code, step.updates[0].error.request_id) == ("internal", "a")
+    assert (step.updates[0].error.code, step.updates[0].error.request_id) == (code, "a")
     runner.fail = None
     loop.handle("r", request("prefill", "b", range(4)))
     assert await until_token(outbox) == 1004

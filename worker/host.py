@@ -7,7 +7,6 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Self
 
 import grpc.aio
@@ -20,12 +19,12 @@ from engine.engine import Engine, Runner
 from engine.loader import LoadedModel, load_model
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
-from engine.tokenizer import Tokenizer
 from kvstore.announcer import Announcer
 from kvstore.cuda import Event
 from kvstore.device_segment import DeviceSegment
 from kvstore.directory import WorkerRecord
-from kvstore.keys import root_key
+from kvstore.keys import PageKey
+from kvstore.lineage import Lineage
 from kvstore.page_format import PageFormat
 from kvstore.pool import PagePool
 from kvstore.redis_directory import RedisDirectoryWriter
@@ -35,8 +34,12 @@ from kvstore.transports import registry
 from protos.errors import DeadlineExceeded, DiptychError
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc.server import RpcServer, start_server
+from worker.followers import Followers
 from worker.loop import WorkerLoop
+from worker.page_checksums import PageChecksums
+from worker.page_holder import PageHolder
 from worker.pool_size import pool_pages
+from worker.puller import Puller
 from worker.role import Role, is_idle
 from worker.service import WorkerService
 
@@ -68,22 +71,28 @@ class WorkerHost(ABC):
             model.layers, model.kv_heads, engine_config.page_size, model.head_dim, str(dtype).removeprefix("torch.")
         )
         self.segment, cache = self._make_pool()
+        self._checksums = PageChecksums(cache) if config.verify == "checksum" else None
         self._writer = RedisDirectoryWriter(config.redis_url, config.cluster)
         self._announcer = Announcer(self._writer, self._record)
         pages = self.segment.num_pages
-        pool = PagePool(pages, self.segment.generations, self._announcer.evicted, ReuseRate(pages))
-        root = root_key(
-            tenant_secret=config.tenant_secret,
-            fingerprint=loaded.fingerprint,
-            format=self._format,
-            rope=model.rope_identity,
-            tokenizer=Tokenizer.from_dir(Path(config.model)).fingerprint,
-        )
-        scheduler = Scheduler(pool, engine_config, root, self._announcer.sealed)
+        pool = PagePool(pages, self.segment.generations.data, self._evicted, ReuseRate(pages))
+        self._followers = Followers(pool)
+        scheduler = Scheduler(pool, engine_config, self._sealed)
         engine = Engine(scheduler, self._make_runner(cache))
         self._page_servers = registry.serve(config.transports, self.segment, config.host)
-        self._loop = WorkerLoop(self.make_role(engine))
+        role = self.make_role(engine)
+        role.checksums = self._checksums
+        self._loop = WorkerLoop(role)
         self._server: RpcServer | None = None
+
+    def _sealed(self, page: Lineage) -> None:
+        """A page is indexed now; in the loop's thread, as is `_evicted`."""
+        self._announcer.sealed(page.family, page.key)
+        self._followers.sealed(page)
+
+    def _evicted(self, key: PageKey) -> None:
+        self._announcer.evicted(key)
+        self._followers.evicted(key)
 
     def _make_pool(self) -> tuple[Segment | DeviceSegment, Tensor]:
         """The worker's pages where its model computes, and the same as [pages, layers, 2, kv_heads, page_size, d]."""
@@ -104,6 +113,11 @@ class WorkerHost(ABC):
     @abstractmethod
     def make_role(self, engine: Engine) -> Role:
         """The pool's own behaviour."""
+
+    def make_puller(self) -> Puller:
+        """What brings others' pages here, and tells the role of it in the loop's thread."""
+        transports = self.config.transports
+        return Puller(self.segment, transports, lambda tell: self._loop.post_wait(tell), self.launched, self._checksums)
 
     @classmethod
     async def start(cls, config: WorkerConfig, progress: Callable[[str], None] = log.info) -> Self:
@@ -126,13 +140,14 @@ class WorkerHost(ABC):
 
     async def _serve(self) -> None:
         self._loop.start()
-        service = WorkerService(self._loop, self.describe, self.start_draining)
+        service = WorkerService(self._loop, self._followers, self.describe, self.start_draining)
 
         def register(server: grpc.aio.Server) -> None:
             worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+            worker_pb2_grpc.add_PageHolderServicer_to_server(PageHolder(self._loop), server)
 
-        name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
-        self._server = await start_server(register, [name], self.config.host, self.config.port)
+        names = [service.full_name for service in worker_pb2.DESCRIPTOR.services_by_name.values()]
+        self._server = await start_server(register, names, self.config.host, self.config.port)
         self.address = self._server.address
         # Once by hand, so that a directory that does not answer is an error of the start.
         await asyncio.to_thread(self._writer.renew, self._record(), _FIRST_LEASE_S)

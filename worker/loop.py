@@ -79,18 +79,19 @@ class WorkerLoop:
             try:
                 self._role.expire(time.monotonic())
                 self._role.step()
-            except Exception:
+            except Exception as error:
                 # One broken batch must not take the worker, nor leave its requests without an answer.
                 log.exception("a step failed; its sequences end with an error")
-                self._role.fail_running(DiptychError("the engine failed in a step; the worker's log has the trace"))
+                if not isinstance(error, DiptychError):
+                    error = DiptychError("the engine failed in a step; the worker's log has the trace")
+                self._role.fail_running(error)
             self.load = self._role.load()
             self._publish()
 
     def _take_commands(self) -> None:
         """Run what waits; where there is nothing to compute, wait for a message."""
-        busy = self._role.engine.scheduler.has_work
         try:
-            command = self._inbox.get(block=not busy, timeout=_IDLE_S)
+            command = self._inbox.get(block=self._role.engine.idle, timeout=_IDLE_S)
             while True:
                 self._do(command)
                 command = self._inbox.get_nowait()

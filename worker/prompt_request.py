@@ -5,6 +5,7 @@ from time import monotonic
 
 from engine.sequence import Sequence
 from protos.v1 import worker_pb2
+from worker.prefix_fetch import PrefixFetch
 
 
 @dataclass
@@ -14,8 +15,10 @@ class PromptRequest:
     router_id: str
     sequence: Sequence
     deadline: float
+    order: worker_pb2.Fetch  # where more of its pages are than here; empty where nowhere
     received: float = field(default_factory=monotonic)
     started: float = 0.0
+    fetch: PrefixFetch | None = None  # once it was begun
     named: int = 0  # pages that the router knows to be sealed, where another worker goes on
 
     @property
@@ -29,4 +32,6 @@ class PromptRequest:
             queue_ms=(self.started - self.received) * 1e3,
             compute_ms=(monotonic() - self.started) * 1e3,
             prefix_pages=self.sequence.prefix_pages,
+            fetched_pages=self.fetch.pages if self.fetch else 0,
+            fetch_ms=self.fetch.ms if self.fetch else 0.0,
         )

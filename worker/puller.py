@@ -1,20 +1,24 @@
-"""Copies pages out of prefill workers' pools, beside the engine."""
+"""Copies pages out of others' pools, beside the engine."""
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from kvstore.cuda import Event
+from kvstore.keys import PageKey
 from kvstore.pool import PageId
 from kvstore.segment_base import SegmentBase
-from kvstore.transports import registry
-from kvstore.transports.base import PageReader
-from protos.errors import DiptychError, WorkerLost
+from kvstore.transports.base import STAGE
+from protos.errors import DeadlineExceeded, DiptychError
 from protos.v1 import worker_pb2
+from worker.lane import Lane
+from worker.page_checksums import PageChecksums
 
-_IDLE_S = 10.0  # an unused connection is let go
+# Of a fetch, so much is pulled at once: enough for a transport's full rate, and small beside a long prompt's pages.
+_BATCH_BYTES = 64 * 2**20
+_IDLE_S = 60.0  # an unused connection is let go: to make one anew may mean to pin memory anew
 _LOOK_S = 1.0  # between looks at who is gone: a mapping keeps a dead worker's memory from being given back
 
 
@@ -30,33 +34,24 @@ class Pulled:
     passed_over: str = ""  # better transports that did not work, each with its reason
 
 
-@dataclass
-class _Lane:
-    """One source's connection and the thread that uses it, so that a slow source delays nobody else's pages."""
+class Fetching(Protocol):
+    """What waits for a fetch. Both methods are called through `post`."""
 
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="pull"))
-    reader: PageReader | None = None
-    in_flight: int = 0
-    used: float = field(default_factory=time.monotonic)
+    wanted: bool  # False: what has not been copied yet need not be
 
-    def owner_gone(self) -> bool:
-        return self.reader is not None and self.reader.owner_gone()
+    def arrived(self, count: int) -> None:
+        """So many more pages are there, from the first on: every generation was checked after the copy."""
 
-    def close(self, wait: bool) -> None:
-        """End the thread, and the connection in it: giving back a GPU's mapping may take a while."""
-        self.thread.submit(self._hang_up)
-        self.thread.shutdown(wait=wait)
-
-    def _hang_up(self) -> None:
-        if self.reader is not None:
-            self.reader.close()
+    def ended(self, result: Pulled) -> None:
+        """Nothing is written any more; `result` counts the pages that arrived."""
 
 
 class Puller:
-    """`done` is called through `post`, so in the engine's thread; everything else here is called from there too.
+    """What ends is told through `post`, so in the engine's thread; everything else here is called from there too.
 
     `launched` gives an event behind everything that the engine has launched so far, or None where nothing that was
-    launched can write to a page that is free by now. It is asked at each pull, in the engine's thread.
+    launched can write to a page that is free by now. It is asked at each pull, in the engine's thread. With
+    `checksums`, what is copied is compared with what its owner has named.
     """
 
     def __init__(
@@ -65,12 +60,14 @@ class Puller:
         transports: Sequence[str],
         post: Callable[[Callable[[], None]], None],
         launched: Callable[[], Event | None] = lambda: None,
+        checksums: PageChecksums | None = None,
     ) -> None:
         self._segment = segment
         self._transports = transports
         self._post = post
         self._launched = launched
-        self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._checksums = checksums
+        self._lanes: dict[tuple[str, int], Lane] = {}
         self._looked = 0.0
 
     def pull(
@@ -82,10 +79,19 @@ class Puller:
         done: Callable[[Pulled], None],
     ) -> None:
         """Copy `refs` into our pages `into`, in order after this source's earlier pulls."""
-        lane = self._lanes.setdefault((source.worker_id, source.incarnation), _Lane())
-        lane.in_flight += 1
-        pairs = [(ref.page, ref.generation) for ref in refs]
-        lane.thread.submit(self._run, lane, source, pairs, list(into), timeout_s, self._launched(), done)
+        lane = self._lane(source)
+        lane.thread.submit(self._pull, lane, list(refs), list(into), timeout_s, self._launched(), done)
+
+    def fetch(
+        self, order: worker_pb2.Fetch, keys: Sequence[PageKey], into: Sequence[PageId], timeout_s: float, by: Fetching
+    ) -> None:
+        """Ask the holder where the leading run of these pages is, and copy that into our pages `into`, in batches.
+
+        The time counts from now on, also while this source's earlier pulls run.
+        """
+        lane = self._lane(order.source)
+        deadline = time.monotonic() + timeout_s
+        lane.thread.submit(self._fetch, lane, order.address, list(keys), list(into), deadline, self._launched(), by)
 
     def close_idle(self, now: float) -> None:
         """Drop connections that were not used for a while, or whose owner is gone."""
@@ -102,36 +108,79 @@ class Puller:
             lane.close(wait=True)
         self._lanes.clear()
 
-    def _run(
+    def _lane(self, source: worker_pb2.PageSource) -> Lane:
+        key = source.worker_id, source.incarnation
+        if key not in self._lanes:
+            self._lanes[key] = Lane(source, self._segment, self._transports, self._checksums)
+        self._lanes[key].in_flight += 1
+        return self._lanes[key]
+
+    # In the lane's thread.
+
+    def _pull(
         self,
-        lane: _Lane,
-        source: worker_pb2.PageSource,
-        refs: list[tuple[int, int]],
+        lane: Lane,
+        refs: list[worker_pb2.PageRef],
         into: list[PageId],
         timeout_s: float,
         after: Event | None,
         done: Callable[[Pulled], None],
     ) -> None:
-        """In the lane's thread."""
         started = time.perf_counter()
         try:
-            if lane.reader is None:
-                lane.reader = registry.connect(source, self._segment, self._transports)
-            moved = lane.reader.pull(refs, into, timeout_s, after)
-            ms = (time.perf_counter() - started) * 1e3
-            result = Pulled(len(refs), moved, ms, lane.reader.name, passed_over=lane.reader.passed_over)
-        except DiptychError as error:
-            result = Pulled(len(refs), error=error)
+            result = _pulled(lane, len(refs), lane.pull(refs, into, timeout_s, after), started)
         except Exception as error:
-            result = Pulled(len(refs), error=DiptychError(f"pulling pages failed: {error!r}", stage="hand_over"))
-        if isinstance(result.error, WorkerLost) and lane.reader is not None:
-            lane.reader.close()
-            lane.reader = None  # the next pull connects anew
-        self._post(partial(self._finish, lane, result, done))
+            result = Pulled(len(refs), error=_typed(error))
+        self._post(partial(self._finish, lane, partial(done, result)))
+
+    def _fetch(
+        self,
+        lane: Lane,
+        address: str,
+        keys: list[PageKey],
+        into: list[PageId],
+        deadline: float,
+        after: Event | None,
+        by: Fetching,
+    ) -> None:
+        started = time.perf_counter()
+        batch = max(1, _BATCH_BYTES // self._segment.format.page_bytes)
+        pages = moved = 0
+        failed: DiptychError | None = None
+        try:
+            refs = lane.locate(address, keys, _left_s(deadline))
+            while pages < len(refs) and by.wanted:
+                part = refs[pages : pages + batch]
+                moved += lane.pull(part, into[pages : pages + len(part)], _left_s(deadline), after)
+                pages += len(part)
+                self._post(partial(by.arrived, len(part)))
+        except Exception as error:
+            failed = _typed(error)
+        result = _pulled(lane, pages, moved, started, failed)
+        self._post(partial(self._finish, lane, partial(by.ended, result)))
+
+    # In the engine's thread again.
 
     @staticmethod
-    def _finish(lane: _Lane, result: Pulled, done: Callable[[Pulled], None]) -> None:
-        """In the engine's thread."""
+    def _finish(lane: Lane, tell: Callable[[], None]) -> None:
         lane.in_flight -= 1
         lane.used = time.monotonic()
-        done(result)
+        tell()
+
+
+def _pulled(lane: Lane, pages: int, moved: int, started: float, error: DiptychError | None = None) -> Pulled:
+    transport, passed_over = lane.transport
+    return Pulled(pages, moved, (time.perf_counter() - started) * 1e3, transport, error, passed_over)
+
+
+def _typed(error: Exception) -> DiptychError:
+    if isinstance(error, DiptychError):
+        return error
+    return DiptychError(f"pulling pages failed: {error!r}", stage=STAGE)
+
+
+def _left_s(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceeded("the time for the pages was up", stage=STAGE)
+    return left

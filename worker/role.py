@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.engine import Engine
+from kvstore.pool import PageId
 from protos.errors import DiptychError, InvalidRequest
 from protos.v1 import worker_pb2
 from rpc.status import to_detail
+from worker.page_checksums import PageChecksums
 
 
 def is_idle(load: worker_pb2.WorkerLoad) -> bool:
@@ -18,6 +20,8 @@ def is_idle(load: worker_pb2.WorkerLoad) -> bool:
 
 class Role(ABC):
     """The base of all pools: one method a message, one a step, and the updates that they emit."""
+
+    checksums: PageChecksums | None = None  # where pages are named with one
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -59,6 +63,14 @@ class Role(ABC):
     def close(self) -> None:  # noqa: B027 (a role need not hold anything that must be closed)
         """End what runs beside the loop."""
 
+    def name_pages(self, pages: Sequence[PageId], first: int = 0) -> list[worker_pb2.PageRef]:
+        """What a reader elsewhere needs to know of sealed pages; they are a prompt's from its page `first` on."""
+        sums = self.checksums.of(pages) if self.checksums and pages else [0] * len(pages)
+        return [
+            worker_pb2.PageRef(index=first + index, page=page, generation=self.pool.generation(page), checksum=checksum)
+            for index, (page, checksum) in enumerate(zip(pages, sums, strict=True))
+        ]
+
     def emit(self, router_id: str, update: worker_pb2.SequenceUpdate) -> None:
         self._updates[router_id].append(update)
 
@@ -75,11 +87,12 @@ class Role(ABC):
         scheduler = self.engine.scheduler
         return worker_pb2.WorkerLoad(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(scheduler.arriving),
             queued_tokens=scheduler.queued_tokens,
             total_pages=self.pool.total_pages,
             available_pages=self.pool.available_pages,
             held_pages=self.pool.held_pages,
             tokens_per_s=self.engine.times.tokens_per_s,
             step_ms=self.engine.times.step_ms,
+            preemptions=scheduler.preemptions,
         )

@@ -10,6 +10,8 @@ import grpc.aio
 from protos.errors import DiptychError, InvalidRequest
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
+from worker.follow_buffer import FollowBuffer
+from worker.followers import Followers
 from worker.loan import Loan
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
@@ -23,10 +25,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def __init__(
         self,
         loop: WorkerLoop,
+        followers: Followers,
         describe: Callable[[], worker_pb2.WorkerDescription],
         drain: Callable[[], None],
     ) -> None:
         self._loop = loop
+        self._followers = followers
         self._describe = describe
         self._drain = drain
 
@@ -57,6 +61,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.WorkerDescription:
         return self._describe()
+
+    async def Follow(
+        self, request: worker_pb2.FollowRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[worker_pb2.SealedPages]:
+        """The pages that are held now, and then each one that is sealed."""
+        buffer = FollowBuffer(asyncio.get_running_loop(), self._followers.most_pages)
+        context.add_done_callback(lambda _: buffer.close())  # type: ignore[arg-type]  # as above
+        try:
+            await asyncio.wrap_future(self._loop.ask(lambda _: self._followers.join(buffer)))
+        except DiptychError as error:
+            await status.abort(context, error)
+        while (pages := await buffer.take()) is not None:
+            yield pages
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -47,6 +47,9 @@ def generate(
     deadline: Annotated[float | None, typer.Option(help="Seconds for the whole answer.")] = None,
     name: Name = DEFAULT_NAME,
     endpoint: Annotated[str, typer.Option(envvar="DIPTYCH_ENDPOINT", help="HOST:PORT of a router.")] = "",
+    api_key: Annotated[
+        str, typer.Option(envvar="DIPTYCH_API_KEY", show_envvar=True, help="Of a tenant; rather in the environment.")
+    ] = "",
 ) -> None:
     """Ask the model; the answer streams to standard output."""
     text = _read_stdin() if prompt is None else prompt
@@ -69,13 +72,15 @@ def generate(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    asyncio.run(_stream(endpoint or router_of(name), text, chat, deadline, options, stats))
+    asyncio.run(_stream(endpoint or router_of(name), api_key, text, chat, deadline, options, stats))
 
 
-async def _stream(endpoint: str, text: str, chat: bool, deadline: float | None, options: Sampling, stats: bool) -> None:
+async def _stream(
+    endpoint: str, api_key: str, text: str, chat: bool, deadline: float | None, options: Sampling, stats: bool
+) -> None:
     timeline = Timeline()
     chunks: list[Chunk] = []
-    async with Client(endpoint) as client:
+    async with Client(endpoint, api_key=api_key) as client:
         if chat:
             messages = [{"role": "user", "content": text}]
             stream = client.generate(messages=messages, deadline_s=deadline, **options)

@@ -35,8 +35,12 @@ def up(
     gpu_share: Annotated[float | None, typer.Option(help="GPUs for each worker, 1 at most [equal shares].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto: a GPU where there is one].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 [auto].")] = None,
+    host_cache: Annotated[float | None, typer.Option(min=0, help="GiB of memory for pages, on each node [0].")] = None,
+    disk_cache: Annotated[float | None, typer.Option(min=0, help="GiB of disk behind that [0].")] = None,
+    disk_dir: Annotated[Path | None, typer.Option(help="Where, on each node [the cache folder].")] = None,
     load: Annotated[str | None, typer.Option(help="auto, or random: weights made from config.json [auto].")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of one worker [1].")] = None,
+    verify: Annotated[str | None, typer.Option(help="none, or checksum: of each page that moves [none].")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until it is ready.")] = 900,
 ) -> None:
     """Bring a cluster up and wait until it is ready: on this machine, or on a Ray cluster that runs already."""
@@ -61,7 +65,11 @@ def up(
         "gpu_share": gpu_share,
         "engine.dtype": dtype,
         "engine.load": load,
+        "store.host_gib": host_cache,
+        "store.disk_gib": disk_cache,
+        "store.disk_dir": disk_dir,
         "engine.threads": threads,
+        "verify": verify,
     }
     settings = load_config(config, given)
     begun = time.monotonic()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvstore.page_format import PageFormat
 from kvstore.segment_base import SegmentBase
-from kvstore.transports import cuda_ipc, shm, tcp
+from kvstore.transports import cuda_ipc, nixl, shm, tcp
 from kvstore.transports.base import STAGE, PageReader, PageServer
 from protos import errors
 from protos.v1 import worker_pb2
@@ -14,17 +14,25 @@ from protos.v1 import worker_pb2
 log = logging.getLogger(__name__)
 
 
+def _always(segment: SegmentBase) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class _Transport:
-    unavailable: Callable[[SegmentBase], str]
     serve: Callable[[SegmentBase, str], PageServer]  # segment, host
     connect: Callable[[str, int, SegmentBase], PageReader]  # address, incarnation, local segment
+    cannot_serve: Callable[[SegmentBase], str] = _always  # why a pool's pages cannot be read so; empty where they can
+    cannot_fill: Callable[[SegmentBase], str] = _always  # why pages cannot come into a pool so
 
 
 _TRANSPORTS = {
-    cuda_ipc.NAME: _Transport(cuda_ipc.unavailable, cuda_ipc.CudaIpcServer, cuda_ipc.CudaIpcReader),
-    shm.NAME: _Transport(shm.unavailable, shm.ShmServer, shm.ShmReader),
-    tcp.NAME: _Transport(tcp.unavailable, tcp.TcpServer, tcp.TcpReader),
+    cuda_ipc.NAME: _Transport(
+        cuda_ipc.CudaIpcServer, cuda_ipc.CudaIpcReader, cuda_ipc.cannot_serve, cuda_ipc.cannot_fill
+    ),
+    shm.NAME: _Transport(shm.ShmServer, shm.connect, shm.cannot_serve),
+    nixl.NAME: _Transport(nixl.NixlServer, nixl.NixlReader, nixl.unavailable, nixl.unavailable),
+    tcp.NAME: _Transport(tcp.TcpServer, tcp.TcpReader),
 }
 
 
@@ -37,7 +45,7 @@ def serve(names: Sequence[str], segment: SegmentBase, host: str) -> list[PageSer
         raise errors.FixTheSetup(
             f"no transport is called {unknown[0]!r}: there are {', '.join(_TRANSPORTS)}", stage="start"
         )
-    reasons = {name: _TRANSPORTS[name].unavailable(segment) for name in names}
+    reasons = {name: _TRANSPORTS[name].cannot_serve(segment) for name in names}
     if names and all(reasons.values()):
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise errors.FixTheSetup(f"this worker's pages can be reached by no transport: {listed}", stage="start")
@@ -84,4 +92,4 @@ def connect(source: worker_pb2.PageSource, segment: SegmentBase, allowed: Sequen
 def _unusable(name: str, segment: SegmentBase, allowed: Sequence[str]) -> str:
     if name not in _TRANSPORTS:
         return "not known here"
-    return "not allowed here" if name not in allowed else _TRANSPORTS[name].unavailable(segment)
+    return "not allowed here" if name not in allowed else _TRANSPORTS[name].cannot_fill(segment)

@@ -4,19 +4,29 @@ import time
 from collections.abc import Sequence
 
 from kvstore.cuda import Event
+from kvstore.device_segment import DeviceSegment
 from kvstore.pool import PageId
 from kvstore.segment import Segment
 from kvstore.segment_base import SegmentBase
 from kvstore.transports.base import STAGE, PageReader, PageRef, PageServer
+from kvstore.transports.shm_to_gpu import ShmToGpuReader
 from protos import errors
 from protos.v1 import worker_pb2
 
 NAME = "shm"
 
 
-def unavailable(segment: SegmentBase) -> str:
-    """Why pages of this worker cannot move so; empty where they can."""
+def cannot_serve(segment: SegmentBase) -> str:
+    """Why pages of this pool cannot be read so; empty where they can."""
     return "" if isinstance(segment, Segment) else "this worker's pages are on a GPU"
+
+
+def connect(address: str, incarnation: int, segment: SegmentBase) -> PageReader:
+    """The reader that suits the local pool. Raises what readers do."""
+    if isinstance(segment, DeviceSegment):
+        return ShmToGpuReader(address, incarnation, segment)
+    assert isinstance(segment, Segment)
+    return ShmReader(address, incarnation, segment)
 
 
 class ShmServer(PageServer):
@@ -30,16 +40,15 @@ class ShmServer(PageServer):
 
 
 class ShmReader(PageReader):
-    """Maps the owner's segment, read-only, and copies out of it.
+    """Maps the owner's segment, read-only, and copies out of it into host memory.
 
     Raises `WorkerLost` where that life cannot be reached from here, and `FormatMismatch`.
     """
 
     name = NAME
 
-    def __init__(self, address: str, incarnation: int, segment: SegmentBase) -> None:
+    def __init__(self, address: str, incarnation: int, segment: Segment) -> None:
         super().__init__(segment)
-        assert isinstance(segment, Segment)  # by `unavailable`
         self._local = segment
         self._owner = Segment.open(address, incarnation, segment.format)
 

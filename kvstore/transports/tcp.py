@@ -13,15 +13,10 @@ from kvstore.transports.tcp_server import NAME, TcpServer
 from kvstore.transports.tcp_stream import CONNECT_S, TcpStream
 from protos import errors
 
-__all__ = ["NAME", "TcpReader", "TcpServer", "unavailable"]
+__all__ = ["NAME", "TcpReader", "TcpServer"]
 
 STREAMS = 4  # a core copies a few GB/s, and many networks give one stream less than the link
 _STREAM_BYTES = 1 << 20  # less than this is not worth a stream of its own
-
-
-def unavailable(segment: SegmentBase) -> str:
-    """Why pages of this worker cannot move so; empty where they can."""
-    return ""
 
 
 class TcpReader(PageReader):

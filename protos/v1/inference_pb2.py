@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import common_pb2 as protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/v1/inference.proto\x12\ndiptych.v1\x1a\x16protos/v1/common.proto\"\xcc\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.diptych.v1.ChatPromptH\x00\x12&\n\x06tokens\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.diptych.v1.Usage\x12\'\n\x05stats\x18\x06 \x01(\x0b\x32\x18.diptych.v1.RequestStats\x12+\n\x08logprobs\x18\x07 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xdf\x02\n\x0cRequestStats\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x16\n\x0e\x66irst_token_ms\x18\x03 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_joined_ms\x18\x04 \x01(\x01\x12\x14\n\x0chand_over_ms\x18\x05 \x01(\x01\x12\x19\n\x11pages_handed_over\x18\x06 \x01(\r\x12\x19\n\x11\x62ytes_handed_over\x18\x07 \x01(\x04\x12\x14\n\x0cprompt_pages\x18\x08 \x01(\r\x12\x1c\n\x14prefill_prefix_pages\x18\t \x01(\r\x12\x1b\n\x13\x64\x65\x63ode_prefix_pages\x18\n \x01(\r\x12\x16\n\x0eprefill_worker\x18\x0b \x01(\t\x12\x15\n\rdecode_worker\x18\x0c \x01(\t\x12\x11\n\ttransport\x18\r \x01(\t\x12\x18\n\x10prefill_attempts\x18\x0e \x01(\r\"b\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.diptych.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.diptych.v1.Model\"?\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r2\xe8\x01\n\tInference\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.diptych.v1.TokenizeRequest\x1a\x1c.diptych.v1.TokenizeResponse\x12K\n\nListModels\x12\x1d.diptych.v1.ListModelsRequest\x1a\x1e.diptych.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19protos/v1/inference.proto\x12\ndiptych.v1\x1a\x16protos/v1/common.proto\"\xcc\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.diptych.v1.ChatPromptH\x00\x12&\n\x06tokens\x18\x04 \x01(\x0b\x32\x14.diptych.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.diptych.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.diptych.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa4\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.diptych.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.diptych.v1.Usage\x12\'\n\x05stats\x18\x06 \x01(\x0b\x32\x18.diptych.v1.RequestStats\x12+\n\x08logprobs\x18\x07 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x19.diptych.v1.TokenLogprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x90\x03\n\x0cRequestStats\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x16\n\x0e\x66irst_token_ms\x18\x03 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_joined_ms\x18\x04 \x01(\x01\x12\x14\n\x0chand_over_ms\x18\x05 \x01(\x01\x12\x19\n\x11pages_handed_over\x18\x06 \x01(\r\x12\x19\n\x11\x62ytes_handed_over\x18\x07 \x01(\x04\x12\x14\n\x0cprompt_pages\x18\x08 \x01(\r\x12\x1c\n\x14prefill_prefix_pages\x18\t \x01(\r\x12\x1b\n\x13\x64\x65\x63ode_prefix_pages\x18\n \x01(\r\x12\x16\n\x0eprefill_worker\x18\x0b \x01(\t\x12\x15\n\rdecode_worker\x18\x0c \x01(\t\x12\x11\n\ttransport\x18\r \x01(\t\x12\x18\n\x10prefill_attempts\x18\x0e \x01(\r\x12\x1d\n\x15prefill_fetched_pages\x18\x0f \x01(\r\x12\x10\n\x08\x66\x65tch_ms\x18\x10 \x01(\x01\"b\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.diptych.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.diptych.v1.Model\"?\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r2\xe8\x01\n\tInference\x12G\n\x08Generate\x12\x1b.diptych.v1.GenerateRequest\x1a\x1c.diptych.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.diptych.v1.TokenizeRequest\x1a\x1c.diptych.v1.TokenizeResponse\x12K\n\nListModels\x12\x1d.diptych.v1.ListModelsRequest\x1a\x1e.diptych.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,17 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USAGE']._serialized_start=695
   _globals['_USAGE']._serialized_end=752
   _globals['_REQUESTSTATS']._serialized_start=755
-  _globals['_REQUESTSTATS']._serialized_end=1106
-  _globals['_TOKENIZEREQUEST']._serialized_start=1108
-  _globals['_TOKENIZEREQUEST']._serialized_end=1206
-  _globals['_TOKENIZERESPONSE']._serialized_start=1208
-  _globals['_TOKENIZERESPONSE']._serialized_end=1245
-  _globals['_LISTMODELSREQUEST']._serialized_start=1247
-  _globals['_LISTMODELSREQUEST']._serialized_end=1266
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1268
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1323
-  _globals['_MODEL']._serialized_start=1325
-  _globals['_MODEL']._serialized_end=1388
-  _globals['_INFERENCE']._serialized_start=1391
-  _globals['_INFERENCE']._serialized_end=1623
+  _globals['_REQUESTSTATS']._serialized_end=1155
+  _globals['_TOKENIZEREQUEST']._serialized_start=1157
+  _globals['_TOKENIZEREQUEST']._serialized_end=1255
+  _globals['_TOKENIZERESPONSE']._serialized_start=1257
+  _globals['_TOKENIZERESPONSE']._serialized_end=1294
+  _globals['_LISTMODELSREQUEST']._serialized_start=1296
+  _globals['_LISTMODELSREQUEST']._serialized_end=1315
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1317
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1372
+  _globals['_MODEL']._serialized_start=1374
+  _globals['_MODEL']._serialized_end=1437
+  _globals['_INFERENCE']._serialized_start=1440
+  _globals['_INFERENCE']._serialized_end=1672
 # @@protoc_insertion_point(module_scope)

@@ -72,7 +72,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class RequestStats(_message.Message):
-    __slots__ = ("queue_ms", "prefill_ms", "first_token_ms", "decode_joined_ms", "hand_over_ms", "pages_handed_over", "bytes_handed_over", "prompt_pages", "prefill_prefix_pages", "decode_prefix_pages", "prefill_worker", "decode_worker", "transport", "prefill_attempts")
+    __slots__ = ("queue_ms", "prefill_ms", "first_token_ms", "decode_joined_ms", "hand_over_ms", "pages_handed_over", "bytes_handed_over", "prompt_pages", "prefill_prefix_pages", "decode_prefix_pages", "prefill_worker", "decode_worker", "transport", "prefill_attempts", "prefill_fetched_pages", "fetch_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,8 @@ class RequestStats(_message.Message):
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FETCHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     prefill_ms: float
     first_token_ms: float
@@ -101,7 +103,9 @@ class RequestStats(_message.Message):
     decode_worker: str
     transport: str
     prefill_attempts: int
-    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., first_token_ms: _Optional[float] = ..., decode_joined_ms: _Optional[float] = ..., hand_over_ms: _Optional[float] = ..., pages_handed_over: _Optional[int] = ..., bytes_handed_over: _Optional[int] = ..., prompt_pages: _Optional[int] = ..., prefill_prefix_pages: _Optional[int] = ..., decode_prefix_pages: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., prefill_attempts: _Optional[int] = ...) -> None: ...
+    prefill_fetched_pages: int
+    fetch_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., first_token_ms: _Optional[float] = ..., decode_joined_ms: _Optional[float] = ..., hand_over_ms: _Optional[float] = ..., pages_handed_over: _Optional[int] = ..., bytes_handed_over: _Optional[int] = ..., prompt_pages: _Optional[int] = ..., prefill_prefix_pages: _Optional[int] = ..., decode_prefix_pages: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., transport: _Optional[str] = ..., prefill_attempts: _Optional[int] = ..., prefill_fetched_pages: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat")

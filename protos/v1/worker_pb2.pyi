@@ -26,14 +26,16 @@ class FollowRequest(_message.Message):
 class SealedPages(_message.Message):
     __slots__ = ("pages",)
     class Page(_message.Message):
-        __slots__ = ("key", "family", "ref")
+        __slots__ = ("key", "family", "ref", "parent")
         KEY_FIELD_NUMBER: _ClassVar[int]
         FAMILY_FIELD_NUMBER: _ClassVar[int]
         REF_FIELD_NUMBER: _ClassVar[int]
+        PARENT_FIELD_NUMBER: _ClassVar[int]
         key: bytes
         family: bytes
         ref: PageRef
-        def __init__(self, key: _Optional[bytes] = ..., family: _Optional[bytes] = ..., ref: _Optional[_Union[PageRef, _Mapping]] = ...) -> None: ...
+        parent: bytes
+        def __init__(self, key: _Optional[bytes] = ..., family: _Optional[bytes] = ..., ref: _Optional[_Union[PageRef, _Mapping]] = ..., parent: _Optional[bytes] = ...) -> None: ...
     PAGES_FIELD_NUMBER: _ClassVar[int]
     pages: _containers.RepeatedCompositeFieldContainer[SealedPages.Page]
     def __init__(self, pages: _Optional[_Iterable[_Union[SealedPages.Page, _Mapping]]] = ...) -> None: ...
@@ -63,7 +65,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Prefill(_message.Message):
-    __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s", "fetch")
+    __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s", "fetch", "root_key", "max_pages")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PAGE_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +73,8 @@ class Prefill(_message.Message):
     END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_FIELD_NUMBER: _ClassVar[int]
+    ROOT_KEY_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: bytes
     page_keys: bytes
@@ -78,7 +82,9 @@ class Prefill(_message.Message):
     end_token_ids: _containers.RepeatedScalarFieldContainer[int]
     deadline_s: float
     fetch: Fetch
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., page_keys: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
+    root_key: bytes
+    max_pages: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., page_keys: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., root_key: _Optional[bytes] = ..., max_pages: _Optional[int] = ...) -> None: ...
 
 class Fetch(_message.Message):
     __slots__ = ("source", "address", "pages")
@@ -91,7 +97,7 @@ class Fetch(_message.Message):
     def __init__(self, source: _Optional[_Union[PageSource, _Mapping]] = ..., address: _Optional[str] = ..., pages: _Optional[int] = ...) -> None: ...
 
 class Decode(_message.Message):
-    __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s", "source")
+    __slots__ = ("request_id", "token_ids", "page_keys", "sampling", "end_token_ids", "deadline_s", "source", "root_key", "max_pages")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PAGE_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +105,8 @@ class Decode(_message.Message):
     END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ROOT_KEY_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: bytes
     page_keys: bytes
@@ -106,7 +114,9 @@ class Decode(_message.Message):
     end_token_ids: _containers.RepeatedScalarFieldContainer[int]
     deadline_s: float
     source: PageSource
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., page_keys: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., source: _Optional[_Union[PageSource, _Mapping]] = ...) -> None: ...
+    root_key: bytes
+    max_pages: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., page_keys: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., deadline_s: _Optional[float] = ..., source: _Optional[_Union[PageSource, _Mapping]] = ..., root_key: _Optional[bytes] = ..., max_pages: _Optional[int] = ...) -> None: ...
 
 class PageSource(_message.Message):
     __slots__ = ("worker_id", "incarnation", "format", "endpoints")
@@ -207,14 +217,18 @@ class SequenceUpdate(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., sealed: _Optional[_Iterable[_Union[PageRef, _Mapping]]] = ..., prefill: _Optional[_Union[PrefillReport, _Mapping]] = ..., hand_over: _Optional[_Union[HandOverReport, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("queue_ms", "compute_ms", "prefix_pages")
+    __slots__ = ("queue_ms", "compute_ms", "prefix_pages", "fetched_pages", "fetch_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PAGES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     compute_ms: float
     prefix_pages: int
-    def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., prefix_pages: _Optional[int] = ...) -> None: ...
+    fetched_pages: int
+    fetch_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., prefix_pages: _Optional[int] = ..., fetched_pages: _Optional[int] = ..., fetch_ms: _Optional[float] = ...) -> None: ...
 
 class HandOverReport(_message.Message):
     __slots__ = ("pages", "bytes", "pull_ms", "prefix_pages", "transport")
@@ -231,7 +245,7 @@ class HandOverReport(_message.Message):
     def __init__(self, pages: _Optional[int] = ..., bytes: _Optional[int] = ..., pull_ms: _Optional[float] = ..., prefix_pages: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "total_pages", "available_pages", "held_pages", "tokens_per_s", "step_ms")
+    __slots__ = ("running", "waiting", "queued_tokens", "total_pages", "available_pages", "held_pages", "tokens_per_s", "step_ms", "preemptions")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +254,7 @@ class WorkerLoad(_message.Message):
     HELD_PAGES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -248,7 +263,8 @@ class WorkerLoad(_message.Message):
     held_pages: int
     tokens_per_s: float
     step_ms: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., total_pages: _Optional[int] = ..., available_pages: _Optional[int] = ..., held_pages: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., step_ms: _Optional[float] = ...) -> None: ...
+    preemptions: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., total_pages: _Optional[int] = ..., available_pages: _Optional[int] = ..., held_pages: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., step_ms: _Optional[float] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from device_pools import MEDIUM, eventually, in_the_middle_of_a_copy, late_write, tensor
 from kvstore import cuda
 from kvstore.device_segment import DeviceSegment
-from kvstore.page_format import PageFormat
 from kvstore.segment import Segment
 from kvstore.segment_base import SegmentBase
 from kvstore.transports import base, registry
@@ -22,7 +22,6 @@ from protos import errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-MEDIUM = PageFormat(layers=32, kv_heads=8, page_size=16, head_dim=128, dtype="bfloat16")  # 2 MiB
 OLD, NEW = 11, 22
 TIMEOUT_S = 20.0
 OWNERS = [0, pytest.param(1, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))]
@@ -54,26 +53,8 @@ def reader(owner: Owner, local: DeviceSegment) -> Iterator[PageReader]:
     reader.close()
 
 
-def tensor(segment: DeviceSegment) -> torch.Tensor:
-    """uint8 [num_pages, page_bytes]"""
-    return torch.as_tensor(segment.pages, device="cuda:0")
-
-
 def connect(owner: Owner, segment: DeviceSegment, **source) -> PageReader:
     return registry.connect(owner.source("cuda_ipc", **source), segment, ["cuda_ipc"])
-
-
-def in_the_middle_of_a_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """When half of every page has been copied, `act`; then the rest. Only the timing is changed."""
-    copy = cuda.CopyStream.copy
-
-    def copy_in_two_parts(self, sources, targets, size, after=None):
-        copy(self, sources, targets, size // 2, after)
-        act()
-        half = size // 2
-        copy(self, [source + half for source in sources], [target + half for target in targets], half)
-
-    monkeypatch.setattr(cuda.CopyStream, "copy", copy_in_two_parts)
 
 
 def test_a_segment_is_zeros_and_ends_with_its_last_tensor():
@@ -163,17 +144,6 @@ def test_whatever_the_moment_a_pull_that_succeeds_has_the_right_bytes(owner, loc
     assert right
 
 
-def late_write(local: DeviceSegment) -> torch.cuda.Event:
-    """A step that was launched before page 3 was freed, and writes to it 0.2 s later."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(400_000_000)
-        tensor(local)[3] = 99
-        event = torch.cuda.Event()
-        event.record()
-    return event
-
-
 def test_a_pull_waits_for_the_steps_that_may_still_write_to_its_pages(owner, local, reader):
     refs = owner.fill(OLD)
     reader.pull(refs, [3], TIMEOUT_S, after=late_write(local))
@@ -260,14 +230,9 @@ def test_another_life_and_another_format_are_refused(owner, local):
         connect(owner, local, format=replace(MEDIUM, page_size=64).to_proto())
 
 
-def test_pools_of_different_kinds_are_told_apart(owner, local):
-    host = Segment.create(MEDIUM, 2, incarnation=1)
-    names = ["cuda_ipc", "shm"]
-    with pytest.raises(errors.WorkerLost, match="cuda_ipc: this worker's pages are in host memory"):
-        registry.connect(owner.source("cuda_ipc"), host, names)
+def test_a_pool_on_a_gpu_is_no_pool_in_host_memory(owner):
     with pytest.raises(errors.WorkerLost, match="are on a GPU"):
         Segment.open(owner.endpoints["cuda_ipc"], INCARNATION, MEDIUM)
-    host.close()
 
 
 @pytest.mark.parametrize("device", [None, 0], ids=["host to GPU", "GPU to GPU"])
@@ -300,10 +265,3 @@ def test_tcp_waits_for_the_steps_that_may_still_write(owner, local):
     torch.cuda.synchronize()
     assert bool((tensor(local)[3] == OLD).all())
     reader.close()
-
-
-def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return holds()

@@ -14,7 +14,7 @@ from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Chunk
 from engine.sequence import Finish
-from engine_rig import Request, make_engine, random_work, run
+from engine_rig import Hopes, Request, make_engine, random_work, run
 from kernels.capability import is_hopper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,6 +47,15 @@ def load(path, dtype, *, heads=8, kv_heads=2, head_dim=64, architecture="llama")
 
 def work(seed, count=24, **settings):
     return random_work(seed, count, vocab=VOCAB, longest=150, **settings)
+
+
+def crowd(seed):
+    """Work that outgrows 24 pages of 16 tokens."""
+    requests = random_work(seed, 24, vocab=VOCAB, longest=100, steps=6)
+    return [
+        replace(r, answer_len=r.answer_len + 100, end_ids=frozenset(sorted(r.end_ids)[: VOCAB // 100]))
+        for r in requests
+    ]
 
 
 def engine(model, runner_class, **settings):
@@ -188,6 +197,38 @@ def test_rows_of_one_graph_are_sampled_each_in_its_own_way(tmp_path, never_waits
         assert all(found.logprob <= 0 for found in kept[name].logprobs)
     assert all(len(found.top_ids) == 2 for found in kept["drawn"].logprobs)
     assert not kept["plain"].logprobs
+
+
+def test_who_gives_up_its_pages_goes_on_as_if_it_had_not(tmp_path, never_waits):
+    """Rows leave with a token unread and come back; draws and penalties go on from where they were."""
+    model = load(tmp_path, "float32")
+    requests = [
+        replace(
+            request,
+            sampling=SamplingParams(
+                temperature=n % 3 / 2, frequency_penalty=n % 2 / 2, repetition_penalty=1.1, seed=n, logprobs=0
+            ),
+        )
+        for n, request in enumerate(crowd(seed=4))
+    ]
+    expected, how = run(engine(model, DeviceRunner, num_pages=800), requests)
+    few = engine(model, DeviceRunner, num_pages=24, lengths=Hopes())
+    answers, finishes = run(few, requests, keep=(kept := {}))
+    assert few.scheduler.preemptions > 5
+    assert (answers, finishes) == (expected, how)
+    for name, sequence in kept.items():
+        assert [found.token_id for found in sequence.logprobs] == answers[name]
+
+
+@needs_graphs
+def test_rows_of_graphs_are_preempted_and_come_back(tmp_path, never_waits):
+    model = load(tmp_path, "bfloat16", head_dim=128)
+    requests = crowd(seed=9)
+    few = engine(model, DeviceRunner, num_pages=24, lengths=Hopes())
+    answers, finishes = run(few, requests)
+    assert few.scheduler.preemptions > 5
+    assert set(finishes.values()) == {Finish.STOP, Finish.LENGTH}
+    assert furthest(model, requests, answers) < 0.15
 
 
 def test_what_is_drawn_does_not_depend_on_the_batch(tmp_path, never_waits):
