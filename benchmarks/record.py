@@ -1,6 +1,7 @@
 """How a benchmark's result is kept: what was measured, on what, by which code, when."""
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -30,14 +31,16 @@ def _circumstances() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD")
-        + (
-            "-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") else ""
-        ),
+        "commit": os.environ.get("DIPTYCH_COMMIT") or _commit(),  # given where a copy has travelled without its history
         "device": _device(),
         "python": platform.python_version(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
     }
+
+
+def _commit() -> str:
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
 def _git(*arguments: str) -> str:

@@ -38,7 +38,7 @@ def has_hopper_prefill(q: Tensor, cache: Tensor) -> bool:
 
 
 def has_hopper_linear(x: Tensor, w: Tensor) -> bool:
-    """Whether x [.., in] @ w [out, in]^T has a Hopper kernel where it lies: 1 to 16 rows, of w's type."""
+    """Whether x [.., in] @ w [out, in]^T has a Hopper kernel where it lies: one or two rows, of w's type."""
     if not is_hopper(x.device) or x.dtype != w.dtype:
         return False
     from kernels.hopper_linear import why_not  # imports Triton

@@ -1,19 +1,14 @@
-"""Products of a few rows with a weight on Hopper: what `linear` runs there for the shapes it takes."""
+"""Products of one or two rows with a weight on Hopper: what `linear` runs there for the shapes it takes."""
 
 import torch
 from torch import Tensor
 
 from kernels.hopper_linear_kernel import linear_kernel
-from kernels.hopper_linear_rows_kernel import linear_rows_kernel
-from kernels.hopper_pool import multiprocessors
 
-MAX_ROWS = 16
-# Of the kernel by plain multiplications: with more rows a thread's registers leave room for too few programs.
-FEW_ROWS = 2
-# Outputs of its programs, and their warps: 2 KiB of w a warp on its way, and room for several a multiprocessor.
+# At four rows a thread's registers leave room for too few programs: 6.3 ms for a step that cuBLAS does in 3.9.
+MAX_ROWS = 2
+# Outputs of a program, and its warps: 2 KiB of w a warp on its way, and room for several programs a multiprocessor.
 OUTS, WARPS = 4, 8
-# The other: outputs at a time, columns of a stage, warps that share them, and stages by rows (two programs' fit).
-TILE, COLUMNS, PARTS, STAGES = 32, 256, 4, {8: 5, 16: 4}
 
 
 def why_not(rows: int, w: Tensor) -> str:
@@ -28,7 +23,7 @@ def why_not(rows: int, w: Tensor) -> str:
 
 
 def linear_hopper(x: Tensor, w: Tensor, bias: Tensor | None = None, *, overlap_previous: bool = False) -> Tensor:
-    """x [.., in] @ w [out, in]^T + bias [out] -> [.., out], summed in float32, for at most 16 rows in all.
+    """x [.., in] @ w [out, in]^T + bias [out] -> [.., out], summed in float32, for at most 2 rows in all.
 
     `overlap_previous` starts fetching w while the previous kernel of the stream still runs (programmatic dependent
     launch); x, bias and the result wait for it. It asks that no kernel that may still run writes to w.
@@ -38,12 +33,8 @@ def linear_hopper(x: Tensor, w: Tensor, bias: Tensor | None = None, *, overlap_p
         rows = rows.clone(memory_format=torch.contiguous_format)
     check_linear(rows, w, bias)
     out = torch.empty(rows.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    if rows.shape[0] <= FEW_ROWS:
-        arguments, constants = linear_arguments(rows, w, bias, out, overlap_previous)
-        linear_kernel[(-(-w.shape[0] // OUTS),)](*arguments, **constants)
-    else:
-        arguments, constants = linear_rows_arguments(rows, w, bias, out, overlap_previous)
-        linear_rows_kernel[(min(multiprocessors(w.device), -(-w.shape[0] // 16)),)](*arguments, **constants)
+    arguments, constants = linear_arguments(rows, w, bias, out, overlap_previous)
+    linear_kernel[(-(-w.shape[0] // OUTS),)](*arguments, **constants)
     return out.view(*x.shape[:-1], w.shape[0])
 
 
@@ -68,19 +59,5 @@ def linear_arguments(
     constants: dict[str, object] = {
         "ROWS": rows, "OUTS": OUTS, "WARPS": WARPS, "BIAS": bias is not None,
         "num_warps": WARPS, "launch_pdl": overlap_previous,
-    }  # fmt: skip
-    return arguments, constants
-
-
-def linear_rows_arguments(
-    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, overlap_previous: bool
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """What `linear_rows_kernel` is launched with; also what it is compiled with where there is no GPU."""
-    rows, (outs, ins) = x.shape[0], w.shape
-    arguments = (x, w, bias, out, rows, outs, ins // 8, x.stride(0) // 8, w.stride(0) // 8)
-    padded = 8 if rows <= 8 else 16
-    constants: dict[str, object] = {
-        "ROWS": padded, "OUTS": TILE, "KT": COLUMNS, "KW": PARTS, "ST": STAGES[padded], "BIAS": bias is not None,
-        "num_warps": PARTS * TILE // 16, "launch_pdl": overlap_previous,
     }  # fmt: skip
     return arguments, constants

@@ -69,7 +69,7 @@ def prepare_weight(w: Tensor) -> Weight:
 def linear(x: Tensor, w: Weight, bias: Tensor | None = None, *, overlap_previous: bool = False) -> Tensor:
     """x [.., in] @ w [out, in]^T + bias [out] -> [.., out], in x's dtype. w may be any that `prepare_weight` gives.
 
-    `overlap_previous`: on Hopper, for up to 16 rows, start fetching w while the previous kernel of the stream still
+    `overlap_previous`: on Hopper, for one or two rows, start fetching w while the previous kernel of the stream still
     runs; no kernel that may still run then writes to w.
     """
     in_features = w.shape[1] if isinstance(w, Tensor) else w.in_features

@@ -153,6 +153,7 @@ def test_a_pull_waits_for_the_steps_that_may_still_write_to_its_pages(owner, loc
 
 def test_without_that_event_the_late_write_wins(owner, local, reader):
     refs = owner.fill(OLD)
+    reader.pull(refs, [4], TIMEOUT_S)  # the first one maps the owner's memory, which takes its time
     event = late_write(local)
     reader.pull(refs, [3], TIMEOUT_S)
     assert not event.query()  # the pull waited for nothing

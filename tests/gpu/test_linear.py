@@ -1,4 +1,4 @@
-"""Products of 1 to 16 rows on Hopper, against float64: shapes of real models, views, graphs, dependent launch."""
+"""Products of one or two rows on Hopper, against float64: shapes of real models, views, graphs, dependent launch."""
 
 from itertools import pairwise
 
@@ -45,7 +45,7 @@ def poison(rows: int, outs: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_equals_the_product(shape, dtype):
     ins, outs = shape
-    for rows in (1, 2, 3, 8, 9, 16):
+    for rows in (1, 2):
         x, w = make(rows, ins, outs, dtype, rows)
         exact = x.double() @ w.double().t()
         poison(rows, outs, dtype)
@@ -57,13 +57,13 @@ def test_equals_the_product(shape, dtype):
 
 
 def test_cublas_has_the_rest():
-    x, w = make(17, 4096, 1032, BF16)
+    x, w = make(3, 4096, 1032, BF16)
     assert torch.equal(linear(x, w), F.linear(x, w))
     x, w = make(2, 4096, 1032, torch.float32)
     assert torch.equal(linear(x, w), F.linear(x, w))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_views_and_more_dimensions(rows):
     x, w = make(rows, 4096, 1032, BF16)
     expected = linear(x, w)
@@ -81,28 +81,24 @@ def test_views_and_more_dimensions(rows):
 
 @pytest.mark.parametrize("shape", [(4096, 6144), (14336, 4096), (576, 49152)], ids=str)
 def test_a_row_is_the_same_bits_beside_another(shape):
-    """Of one or two rows, which one kernel does, and of 3 to 16, which another does."""
-    x, w = make(16, *shape, BF16)
-    for some, most in ((1, 2), (3, 8), (3, 16)):
-        out = linear(x[:most], w)
-        assert torch.equal(linear(x[:some], w), out[:some])
-        assert torch.equal(linear(x[most - some : most], w), out[most - some :])
-        for _ in range(20):
-            assert torch.equal(linear(x[:most], w), out)
+    x, w = make(2, *shape, BF16)
+    out = linear(x, w)
+    assert torch.equal(linear(x[:1], w), out[:1])
+    assert torch.equal(linear(x[1:], w), out[1:])
+    for _ in range(20):
+        assert torch.equal(linear(x, w), out)
 
 
-@pytest.mark.parametrize("rows", [2, 7, 16])
-def test_not_a_number_stays_in_its_row(rows):
-    x, w = make(rows, 4096, 6144, BF16)
+def test_not_a_number_stays_in_its_row():
+    x, w = make(2, 4096, 6144, BF16)
     clean = linear(x, w)
     x[1, 100] = torch.nan
     out = linear(x, w)
     assert out[1].isnan().all()
-    out[1] = clean[1]
-    assert torch.equal(out, clean)
+    assert torch.equal(out[0], clean[0])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_a_chain_in_a_graph_with_dependent_launches(rows):
     """Each product begins before the one in front of it has ended, and must still read all that it wrote."""
     torch.manual_seed(rows)

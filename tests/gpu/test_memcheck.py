@@ -55,7 +55,8 @@ def test_memcheck():
 
 def test_racecheck():
     """Triton's warp_specialize tells the waiting warps what to run through a byte of its own, which they read at the
-    kernel's start, around a barrier that racecheck does not follow. Nothing else may race."""
+    kernel's start, around a barrier that racecheck does not follow. Nothing else of ours may race; hazards within
+    cuBLAS's kernels (nvjet), which compute what is expected, are not ours."""
     options = ["--tool", "racecheck", "--racecheck-report", "hazard", "--print-limit", "1000000"]
     said = sanitize([*options, "--show-backtrace", "no"], ["test_small_shapes.py"])
     hazards = said.split(" hazard detected at ")[1:]
@@ -63,6 +64,10 @@ def test_racecheck():
     assert summary in said, said[-3000:]
     others = Counter()
     for hazard in hazards:
-        if not re.search(r"Read Thread .* at (prefill|decode)_kernel\+0x1[0-9a-f]{2} ", hazard):
-            others[tuple(re.findall(r"(Read|Write) Thread .* at (\S+)", hazard))] += 1
+        at = re.findall(r"(Read|Write) Thread .* at (\S+)", hazard)
+        reads = [place for kind, place in at if kind == "Read"]
+        start = reads and re.fullmatch(r"(prefill|decode)_kernel\+0x1[0-9a-f]{2}", reads[0])
+        cublas = at and all(place.startswith("nvjet_") for _, place in at)
+        if not start and not cublas:
+            others[tuple(at)] += 1
     assert not others, others.most_common(9)

