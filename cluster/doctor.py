@@ -1,30 +1,48 @@
-"""Measures how pages move between the workers of a cluster, and says which paths are slower than they should be."""
+"""Measures how pages move between pools and page stores, and says which paths are slower than they should be."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
+from kvstore.directory import STORE_POOL
 from kvstore.page_format import PageFormat
-from protos.v1 import worker_pb2, worker_pb2_grpc
+from protos.v1 import operator_pb2, page_store_pb2, page_store_pb2_grpc, worker_pb2, worker_pb2_grpc
 from router.placement import BANDWIDTH
 from rpc import status
 
 _CALL_S = 10.0
 _MEASURE_S = 120.0
 _PULL_BYTES = 64 << 20
-_SLOW = 0.5  # of the median rate of the paths of the same transport, and of the rate that placement counts on
+_SLOW = 0.5  # of the median rate of the paths of the same tier and transport, and of the rate that placement counts on
 _TELLING_MIB = 16  # a smaller pull says more of latency than of a rate
+_ANSWERING = (operator_pb2.WORKER_STATE_READY, operator_pb2.WORKER_STATE_DRAINING)
+_WORKERS = ("prefill", "decode", "colocated")
+POOL_TO_POOL, HOST_UP, HOST_DOWN = "pool to pool", "host tier up", "host tier down"
+
+
+class End(NamedTuple):
+    """A worker or a page store."""
+
+    id: str
+    address: str
+    pool: str
+
+    @property
+    def host(self) -> str:
+        """Where it runs."""
+        return self.address.rpartition(":")[0]
 
 
 @dataclass(frozen=True)
 class Path:
-    """From one worker's pool into another's. Where `error` is set nothing was measured."""
+    """From one pool or page store into another. Where `error` is set nothing was measured."""
 
     source: str
     reader: str
+    tier: str  # POOL_TO_POOL, or between a node's page store and its workers: HOST_UP, HOST_DOWN
     transport: str = ""
     gb_per_s: float = 0.0
     pull_mib: float = 0.0
@@ -33,12 +51,35 @@ class Path:
     error: str = ""
 
 
-def measure(source: tuple[str, str], reader: tuple[str, str]) -> Path:
-    """The path between two workers, each given by its id and its address."""
-    path = Path(source[0], reader[0])
+def paths_of(cluster: operator_pb2.StatusResponse) -> list[tuple[End, End]]:
+    """Source and reader of every path that pages take between those that answer."""
+    ends = [
+        End(worker.worker_id, worker.address, status.pool)
+        for status in cluster.pools
+        for worker in status.workers
+        if worker.state in _ANSWERING
+    ]
+    return [(source, reader) for source in ends for reader in ends if source != reader and _is_path(source, reader)]
+
+
+def _is_path(source: End, reader: End) -> bool:
+    """Decode takes prompts from prefill; who computes prompts fetches prefixes from anyone. Stores serve their node."""
+    near = source.host == reader.host
+    match reader.pool:
+        case "decode":
+            return source.pool == "prefill"
+        case "prefill" | "colocated":
+            return source.pool in _WORKERS or (source.pool == STORE_POOL and near)
+        case _:
+            return reader.pool == STORE_POOL and source.pool in _WORKERS and near
+
+
+def measure(source: End, reader: End) -> Path:
+    """How fast pages move between the two."""
+    path = Path(source.id, reader.id, _tier(source, reader))
     try:
-        with grpc.insecure_channel(source[1]) as there, grpc.insecure_channel(reader[1]) as here:
-            owner, puller = worker_pb2_grpc.WorkerStub(there), worker_pb2_grpc.WorkerStub(here)
+        with grpc.insecure_channel(source.address) as there, grpc.insecure_channel(reader.address) as here:
+            owner, puller = _stub(source, there), _stub(reader, here)
             lending = owner.Lend(worker_pb2.LendRequest(pages=_page_count(owner, puller)), timeout=_MEASURE_S)
             loan = next(lending)
             request = worker_pb2.MeasureRequest(source=loan.source, pages=loan.pages)
@@ -57,27 +98,48 @@ def measure(source: tuple[str, str], reader: tuple[str, str]) -> Path:
     )
 
 
-def _page_count(owner: worker_pb2_grpc.WorkerStub, puller: worker_pb2_grpc.WorkerStub) -> int:
+def _tier(source: End, reader: End) -> str:
+    if source.pool == STORE_POOL:
+        return HOST_UP
+    return HOST_DOWN if reader.pool == STORE_POOL else POOL_TO_POOL
+
+
+def _stub(end: End, channel: grpc.Channel) -> Any:
+    """Both services have Describe, Lend and Measure."""
+    stub = page_store_pb2_grpc.PageStoreStub if end.pool == STORE_POOL else worker_pb2_grpc.WorkerStub
+    return stub(channel)
+
+
+def _page_count(owner: Any, puller: Any) -> int:
     """Pages of one pull: enough for a rate, and no more than half of what is free, as requests go on meanwhile."""
     both = [stub.Describe(worker_pb2.DescribeRequest(), timeout=_CALL_S) for stub in (owner, puller)]
-    page_bytes = PageFormat.from_proto(both[0].source.format).page_bytes
-    free = min(worker.load.available_pages for worker in both)
-    return int(max(1, min(1024, _PULL_BYTES // page_bytes, free // 2)))
+    formats = [PageFormat.from_proto(end.source.format) for end in both if end.HasField("source")]
+    page_bytes = max((page_format.page_bytes for page_format in formats), default=_PULL_BYTES)
+    return int(max(1, min(1024, _PULL_BYTES // page_bytes, *(_free(end) // 2 for end in both))))
+
+
+def _free(end: worker_pb2.WorkerDescription | page_store_pb2.PageStoreDescription) -> int:
+    """Pages to spare. A page store is full as a rule, and gives up what was not used for longest; half is left."""
+    if isinstance(end, page_store_pb2.PageStoreDescription):
+        return int(end.host.total_pages // 2)
+    return int(end.load.available_pages)
 
 
 def flag_slow(paths: Sequence[Path]) -> list[Path]:
-    """The same paths; marked where one has less than half the rate that is usual for its transport here, or expected.
+    """The same paths; marked where one has less than half the rate that is usual for its like here, or expected.
 
-    What is expected of a transport is what the router's placement counts on.
+    What is expected of a transport is what the router's placement counts on. It counts on nothing for pages on their
+    way into a page store: no request waits for them.
     """
     return [path if path.error or path.slow else replace(path, slow=_why_slow(path, paths)) for path in paths]
 
 
 def _why_slow(path: Path, paths: Sequence[Path]) -> str:
-    usual = median([other.gb_per_s for other in paths if other.transport == path.transport])
+    like = (path.tier, path.transport)
+    usual = median([other.gb_per_s for other in paths if (other.tier, other.transport) == like])
     if path.gb_per_s < _SLOW * usual:
         return f"{usual:.1f} GB/s is usual for {path.transport} here"
-    expected = BANDWIDTH.get(path.transport, 0.0) / 1e9
+    expected = BANDWIDTH.get(path.transport, 0.0) / 1e9 if path.tier != HOST_DOWN else 0.0
     if path.pull_mib >= _TELLING_MIB and path.gb_per_s < _SLOW * expected:
         return f"placement counts on {expected:.1f} GB/s by {path.transport}"
     return ""

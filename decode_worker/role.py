@@ -6,7 +6,6 @@ from functools import partial
 from time import monotonic
 
 from decode_worker.arrival import Arrival
-from decode_worker.measurement import Measurement
 from engine.engine import Engine
 from kvstore.pool import OutOfPages
 from kvstore.quota import OverQuota
@@ -24,8 +23,7 @@ class DecodeRole(Role):
     """The decode pool's side of worker.proto."""
 
     def __init__(self, engine: Engine, puller: Puller) -> None:
-        super().__init__(engine)
-        self._puller = puller
+        super().__init__(engine, puller)
         self._config = engine.scheduler.config
         self._requests: dict[str, Arrival] = {}
         self._waiting: deque[Arrival] = deque()  # for room
@@ -75,16 +73,6 @@ class DecodeRole(Role):
         load = self._pool_load()
         load.waiting += len(self._waiting)
         return load
-
-    def measure(
-        self,
-        request: worker_pb2.MeasureRequest,
-        done: Callable[[worker_pb2.MeasureResponse | DiptychError], None],
-    ) -> None:
-        Measurement(self.pool, self._puller, done).start(request.source, request.pages)
-
-    def close(self) -> None:
-        self._puller.close()
 
     def _with(self, request_id: str, act: Callable[[Arrival], None]) -> None:
         """Do something to a request; a late message for one that ended means nothing, an error ends it."""

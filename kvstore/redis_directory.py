@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 import redis
 from redis.exceptions import RedisClusterException
@@ -57,7 +57,7 @@ class RedisDirectoryReader(DirectoryReader):
     async def _turn(self) -> AsyncIterator[None]:
         """The right to one call; its errors typed."""
         with _redis_errors(self._url):
-            async with asyncio.timeout(_TURN_S):
+            async with asyncio.timeout(_TURN_S) if self._calls.locked() else nullcontext():
                 await self._calls.acquire()
             try:
                 yield

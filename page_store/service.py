@@ -1,4 +1,4 @@
-"""The gRPC faces of a page store: one for who wants pages, one for operators."""
+"""The gRPC face of a page store for who wants its pages."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc.aio
 
-from kvstore.keys import PageKey, unpack_keys
+from kvstore.keys import PageKey
+from kvstore.locate_request import keys_of
 from kvstore.page_state import PageId
-from protos.errors import DiptychError, InvalidRequest, Overloaded
-from protos.v1 import page_store_pb2, page_store_pb2_grpc, worker_pb2, worker_pb2_grpc
+from protos.errors import DiptychError, Overloaded
+from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
 
 _LOCATE_S = 2.0  # for pages to come from the disk
@@ -35,7 +36,7 @@ class HolderService(worker_pb2_grpc.PageHolderServicer):
         left = context.time_remaining()
         timeout_s = _LOCATE_S if left is None else min(_LOCATE_S, _SHARE * left)
         try:
-            found = await self._find(_keys_of(request), timeout_s)
+            found = await self._find(keys_of(request), timeout_s)
         except DiptychError as error:
             await status.abort(context, error)
         refs = [worker_pb2.PageRef(index=i, page=page, generation=gen) for i, (page, gen) in enumerate(found)]
@@ -54,22 +55,3 @@ class HolderService(worker_pb2_grpc.PageHolderServicer):
             return await loop.run_in_executor(self._threads, self._locate, keys, timeout_s)
         finally:
             self._waiting -= 1
-
-
-class StoreService(page_store_pb2_grpc.PageStoreServicer):
-    """diptych.v1.PageStore."""
-
-    def __init__(self, describe: Callable[[], page_store_pb2.PageStoreDescription]) -> None:
-        self._describe = describe
-
-    async def Describe(
-        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> page_store_pb2.PageStoreDescription:
-        return self._describe()
-
-
-def _keys_of(request: worker_pb2.LocateRequest) -> list[PageKey]:
-    try:
-        return unpack_keys(request.page_keys)
-    except ValueError as error:
-        raise InvalidRequest(str(error), field="page_keys", stage="locate") from error

@@ -15,7 +15,8 @@ from kvstore.page_state import PageId
 from kvstore.redis_directory import RedisDirectoryReader, RedisDirectoryWriter
 from page_store.config import PageStoreConfig
 from page_store.follower import Follower
-from page_store.service import HolderService, StoreService
+from page_store.operator_service import StoreService
+from page_store.service import HolderService
 from page_store.shelf import Shelf
 from protos import errors
 from protos.v1 import page_store_pb2, page_store_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -41,6 +42,7 @@ class PageStore:
         self._reader = RedisDirectoryReader(config.redis_url, config.cluster)
         self._writer = RedisDirectoryWriter(config.redis_url, config.cluster)
         self._holder = HolderService(self._locate)
+        self._operators = StoreService(self.describe, self._pages, config.transports)
         self._server: RpcServer | None = None
         self._shelf: Shelf | None = None
         self._followers: dict[Name, Follower] = {}
@@ -71,7 +73,7 @@ class PageStore:
         await self._drop(list(self._followers))
         if self._server is not None:
             await self._server.stop()
-        await self._holder.aclose()
+        await asyncio.gather(self._holder.aclose(), self._operators.aclose())
         if self._shelf is not None:
             shelf, self._shelf = self._shelf, None
             await asyncio.to_thread(shelf.close)
@@ -96,7 +98,7 @@ class PageStore:
     async def _serve(self) -> None:
         def register(server: grpc.aio.Server) -> None:
             worker_pb2_grpc.add_PageHolderServicer_to_server(self._holder, server)
-            page_store_pb2_grpc.add_PageStoreServicer_to_server(StoreService(self.describe), server)
+            page_store_pb2_grpc.add_PageStoreServicer_to_server(self._operators, server)
 
         names = [
             worker_pb2.DESCRIPTOR.services_by_name["PageHolder"].full_name,
@@ -110,6 +112,11 @@ class PageStore:
         """In a thread of its own."""
         shelf = self._shelf
         return [] if shelf is None else shelf.tiers.locate(keys, timeout_s)
+
+    def _pages(self) -> Shelf:
+        if self._shelf is None:
+            raise errors.NoWorkers("this page store has met no worker, so it has no pages yet", stage="measure")
+        return self._shelf
 
     async def _watch(self) -> None:
         while True:

@@ -32,11 +32,15 @@ def in_the_middle_of_a_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[], N
 
 
 def late_write(local: DeviceSegment) -> torch.cuda.Event:
-    """A step that was launched before page 3 was freed, and writes to it 0.2 s later."""
+    """A step that was launched before page 3 was freed, and writes to it 2e9 cycles later: about a second."""
     stream = torch.cuda.Stream()
+    page = tensor(local)[3]
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(400_000_000)
-        tensor(local)[3] = 99
+        torch.cuda._sleep(1)
+        page.fill_(0)
+        stream.synchronize()  # a kernel's first launch may load it, and wait until the GPU has nothing else to do
+        torch.cuda._sleep(2_000_000_000)
+        page.fill_(99)
         event = torch.cuda.Event()
         event.record()
     return event

@@ -26,6 +26,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     def __init__(self) -> None:
         self.requests: list[Any] = []
         self.deadlines: list[float | None] = []
+        self.authorizations: list[str | bytes | None] = []
         self.error: errors.DiptychError | None = None
         self.late = False
         self.hang = False
@@ -43,6 +44,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
         self.requests.append(request)
         self.deadlines.append(context.time_remaining())
+        self.authorizations.append(dict(context.invocation_metadata()).get("authorization"))
         self.called.set()
         if self.error and not self.late:
             await status.abort(context, self.error)

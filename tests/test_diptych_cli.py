@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from cluster.config import load_config
 from cluster.controller import Controller
+from cluster.doctor import POOL_TO_POOL, End
 from cluster.doctor import Path as MeasuredPath
 from cluster.fake_launcher import FakeLauncher
 from cluster.operator_service import SERVICE, OperatorService
@@ -140,6 +141,14 @@ async def test_a_bias_that_is_none_is_refused(diptych, endpoint, bias):
     result = await diptych("generate", "hi", "--logit-bias", bias, "--endpoint", endpoint)
     assert result.code == 2
     assert "--logit-bias takes ID=BIAS" in result.err
+
+
+async def test_generate_sends_the_tenants_key(diptych, router, endpoint, monkeypatch):
+    await diptych("generate", "hi", "--endpoint", endpoint)
+    await diptych("generate", "hi", "--endpoint", endpoint, "--api-key", "given")
+    monkeypatch.setenv("DIPTYCH_API_KEY", "from-environment")
+    await diptych("generate", "hi", "--endpoint", endpoint)
+    assert router.authorizations == [None, "Bearer given", "Bearer from-environment"]
 
 
 async def test_generate_reads_standard_input(diptych, router, endpoint):
@@ -335,21 +344,27 @@ async def test_status_shows_what_runs(diptych, operated):
 
 
 async def test_doctor_names_what_is_slow(diptych, operated, monkeypatch):
-    slow = {"decode-1": "", "decode-2": "shm: not this host"}
+    slow = {"prefill-1": "", "decode-1": "", "decode-2": "shm: not this host"}
 
-    def measure(source: tuple[str, str], reader: tuple[str, str]) -> MeasuredPath:
-        assert (source[0], reader[1].partition(":")[0]) == ("prefill-1", reader[0])
-        return MeasuredPath(source[0], reader[0], "tcp", 2.5, 64.0, 1.25, slow=slow[reader[0]])
+    def measure(source: End, reader: End) -> MeasuredPath:
+        assert "prefill-1" in (source.id, reader.id)
+        assert reader.host == reader.id
+        return MeasuredPath(source.id, reader.id, POOL_TO_POOL, "tcp", 2.5, 64.0, 1.25, slow=slow[reader.id])
 
     monkeypatch.setattr("cluster.doctor.measure", measure)
     result = await diptych("doctor", "--operator", operated.server.address)
     assert result.code == 3
-    for words in ("prefill-1 decode-1 tcp 2.50 64 1.25 ms ok", "slower than expected: shm: not this host"):
+    for words in ("prefill-1 decode-1 pool to pool tcp 2.50 64 1.25 ms ok", "slower than expected: shm: not this host"):
         assert words in " ".join(result.out.split())
     slow["decode-2"] = ""
     result = await diptych("doctor", "--json", "--operator", operated.server.address)
     assert result.code == 0
-    assert [path["reader"] for path in json.loads(result.out)] == ["decode-1", "decode-2"]
+    assert [(path["source"], path["reader"]) for path in json.loads(result.out)] == [
+        ("prefill-1", "decode-1"),
+        ("prefill-1", "decode-2"),
+        ("decode-1", "prefill-1"),
+        ("decode-2", "prefill-1"),
+    ]
 
 
 async def test_status_as_json(diptych, operated):

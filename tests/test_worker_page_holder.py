@@ -6,6 +6,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
+from kvstore import locate_request
 from kvstore.keys import PageKey, pack_keys, page_keys
 from prefill_worker.role import PrefillRole
 from protos.errors import InvalidRequest
@@ -13,7 +14,6 @@ from protos.v1 import worker_pb2, worker_pb2_grpc
 from role_kit import PAGE, ROOT, ScriptedPuller, make_engine
 from rpc import status
 from rpc.server import start_server
-from worker import page_holder
 from worker.loop import WorkerLoop
 from worker.page_holder import PageHolder
 
@@ -57,7 +57,7 @@ async def test_the_leading_run_is_named_and_nothing_is_held_for_it(world):
 
 async def test_what_is_no_key_or_too_much_is_refused_by_name(world, monkeypatch):
     _, _, stub = world
-    monkeypatch.setattr(page_holder, "_MOST_KEYS", 3)
+    monkeypatch.setattr(locate_request, "_MOST_KEYS", 3)
     for keys in (bytes(17), pack_keys(KEYS)):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Locate(worker_pb2.LocateRequest(page_keys=keys), timeout=10)

@@ -1,7 +1,10 @@
 """Free pages that are kept free, for a test of transports."""
 
 from kvstore.pool import PageId, PagePool
+from protos.errors import InvalidRequest
 from protos.v1 import worker_pb2
+
+MOST_LENT = 1024  # pages
 
 
 class Loan:
@@ -29,3 +32,9 @@ class Loan:
             for page in self.pages:
                 self._pool.abandon(page)
         self._pool = None
+
+
+def check_pages(count: int) -> None:
+    """Raise `InvalidRequest` for what no test needs."""
+    if not 1 <= count <= MOST_LENT:
+        raise InvalidRequest(f"pages must be 1 to {MOST_LENT}", field="pages", stage="measure")

@@ -25,8 +25,7 @@ class PromptRole(Role):
     """Takes `Prefill` messages; the subclass says how far a sequence goes here, and what the router is told of it."""
 
     def __init__(self, engine: Engine, puller: Puller) -> None:
-        super().__init__(engine)
-        self._puller = puller
+        super().__init__(engine, puller)
         self._requests: dict[str, PromptRequest] = {}
 
     @abstractmethod
@@ -73,9 +72,6 @@ class PromptRole(Role):
 
     def load(self) -> worker_pb2.WorkerLoad:
         return self._pool_load()
-
-    def close(self) -> None:
-        self._puller.close()
 
     def _start_fetches(self) -> None:
         """Ask for pages that others hold as soon as there is room for them, so that they come while others compute."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 from engine.engine import Engine
 from kvstore.pool import PageId
-from protos.errors import DiptychError, InvalidRequest
+from protos.errors import DiptychError
 from protos.v1 import worker_pb2
 from rpc.status import to_detail
+from worker.measurement import Measurement
 from worker.page_checksums import PageChecksums
+from worker.puller import Puller
 
 
 def is_idle(load: worker_pb2.WorkerLoad) -> bool:
@@ -23,9 +25,10 @@ class Role(ABC):
 
     checksums: PageChecksums | None = None  # where pages are named with one
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, puller: Puller) -> None:
         self.engine = engine
         self.pool = engine.scheduler.pool
+        self._puller = puller
         self._updates: dict[str, list[worker_pb2.SequenceUpdate]] = defaultdict(list)
 
     @abstractmethod
@@ -57,11 +60,12 @@ class Role(ABC):
         request: worker_pb2.MeasureRequest,
         done: Callable[[worker_pb2.MeasureResponse | DiptychError], None],
     ) -> None:
-        """Test how fast pages come from another worker; `done` gets the result. Raises what prevents it."""
-        raise InvalidRequest("this worker pulls no pages", field="source", stage="measure")
+        """Test how fast pages come from another pool; `done` gets the result. Raises `OutOfPages`."""
+        Measurement(self.pool, self._puller, done).start(request.source, request.pages)
 
-    def close(self) -> None:  # noqa: B027 (a role need not hold anything that must be closed)
+    def close(self) -> None:
         """End what runs beside the loop."""
+        self._puller.close()
 
     def name_pages(self, pages: Sequence[PageId], first: int = 0) -> list[worker_pb2.PageRef]:
         """What a reader elsewhere needs to know of sealed pages; they are a prompt's from its page `first` on."""

@@ -12,11 +12,9 @@ from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
 from worker.follow_buffer import FollowBuffer
 from worker.followers import Followers
-from worker.loan import Loan
+from worker.loan import Loan, check_pages
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
-
-_MOST_LENT = 1024  # pages
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -88,7 +86,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         loan = Loan()
         context.add_done_callback(lambda _: self._give_back(loan))  # type: ignore[arg-type]  # as above
         try:
-            _check_pages(request.pages)
+            check_pages(request.pages)
             refs = await asyncio.wrap_future(self._loop.ask(lambda role: loan.take(role.pool, request.pages)))
         except DiptychError as error:
             await status.abort(context, error)
@@ -106,7 +104,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 measured.set_result(result)
 
         try:
-            _check_pages(len(request.pages))
+            check_pages(len(request.pages))
             await asyncio.wrap_future(self._loop.ask(lambda role: role.measure(request, done)))
             result = await asyncio.wrap_future(measured)
             if isinstance(result, DiptychError):
@@ -132,8 +130,3 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 self._loop.handle(router_id, message)
         finally:
             outbox.close()
-
-
-def _check_pages(count: int) -> None:
-    if not 1 <= count <= _MOST_LENT:
-        raise InvalidRequest(f"pages must be 1 to {_MOST_LENT}", field="pages", stage="measure")

@@ -16,7 +16,6 @@ from protos import errors
 
 if TYPE_CHECKING:
     from cluster.doctor import Path
-    from protos.v1 import operator_pb2
 
 
 def doctor(
@@ -24,22 +23,22 @@ def doctor(
     operator: Operator = "",
     json: Annotated[bool, typer.Option("--json", help="One object for each path.")] = False,
 ) -> None:
-    """Measure how KV pages move from every prefill to every decode worker, and name what is slower than it should be.
+    """Measure how KV pages move between workers and page stores, and name what is slower than it should be.
 
     Exit code 3 where a path does not work or is slow.
     """
-    from cluster.doctor import flag_slow, measure
+    from cluster.doctor import flag_slow, measure, paths_of
     from cluster.operator_client import OperatorClient
 
     with OperatorClient(operator_of(name, operator)) as client:
         cluster = client.status()
-    pairs = [(source, reader) for source in _workers(cluster, "prefill") for reader in _workers(cluster, "decode")]
+    pairs = paths_of(cluster)
     if not pairs:
-        raise errors.NoWorkers("no pair of a prefill and a decode worker is ready", stage="doctor")
+        raise errors.NoWorkers("no two are ready between which pages move", stage="doctor")
     paths = []
     with Phases(Console(stderr=True)) as phases:
         for source, reader in pairs:
-            phases.show("measuring", f"{source[0]} to {reader[0]}")
+            phases.show("measuring", f"{source.id} to {reader.id}")
             paths.append(measure(source, reader))
     paths = flag_slow(paths)
     if json:
@@ -50,23 +49,14 @@ def doctor(
         raise typer.Exit(SETUP)
 
 
-def _workers(cluster: "operator_pb2.StatusResponse", pool: str) -> list[tuple[str, str]]:
-    """Id and address of those that answer."""
-    from protos.v1 import operator_pb2
-
-    answering = (operator_pb2.WORKER_STATE_READY, operator_pb2.WORKER_STATE_DRAINING)
-    workers = [worker for status in cluster.pools if status.pool == pool for worker in status.workers]
-    return [(worker.worker_id, worker.address) for worker in workers if worker.state in answering]
-
-
 def _table(paths: "list[Path]") -> Table:
-    names = ["from", "to", "by", "GB/s", "of MiB", "one page"]
+    names = ["from", "to", "tier", "by", "GB/s", "of MiB", "one page"]
     table = Table(*(Column(name, no_wrap=True) for name in names), "", box=None)
     for path in paths:
         if path.error:
-            table.add_row(path.source, path.reader, "[red]none[/red]", "", "", "", escape(path.error))
+            table.add_row(path.source, path.reader, path.tier, "[red]none[/red]", "", "", "", escape(path.error))
             continue
         figures = [f"{path.gb_per_s:.2f}", f"{path.pull_mib:.0f}", f"{path.page_ms:.2f} ms"]
         verdict = f"[yellow]slower than expected[/yellow]: {escape(path.slow)}" if path.slow else "[green]ok[/green]"
-        table.add_row(path.source, path.reader, path.transport, *figures, verdict)
+        table.add_row(path.source, path.reader, path.tier, path.transport, *figures, verdict)
     return table

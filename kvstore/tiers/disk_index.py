@@ -8,14 +8,14 @@ from kvstore.reuse_rate import ReuseRate
 
 
 class DiskIndex:
-    """Room for `capacity` pages, by the policy of the pools; its numbers for pages mean no place on the disk."""
+    """Room for `capacity` pages (0: there is no disk), by the policy of the pools; its numbers for pages mean no place on the disk."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._numbers: dict[PageKey, PageId] = {}
         self._keys: dict[PageId, PageKey] = {}
         self._unused: list[PageId] = []
-        self._policy = ReuseRate(capacity)
+        self._policy = ReuseRate(max(1, capacity))
 
     def __contains__(self, key: PageKey) -> bool:
         return key in self._numbers

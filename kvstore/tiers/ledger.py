@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from kvstore.keys import PageKey
 from kvstore.lineage import Lineage
 from kvstore.page_state import PageId
-from kvstore.pool import Generations, PagePool
+from kvstore.pool import Generations, OutOfPages, PagePool
 from kvstore.reuse_rate import ReuseRate
 from kvstore.tiers.counters import TierCounters
 from kvstore.tiers.disk_index import DiskIndex
@@ -202,15 +202,25 @@ class Ledger:
         with self._lock:
             for page in run.room.values():
                 self._pool.abandon(page)
-            found: list[tuple[PageId, int]] = []
-            for page in run.pages:
-                if page is None:
-                    break
-                found.append((page, self._pool.generation(page)))
+            leading = run.pages.index(None) if None in run.pages else len(run.pages)
+            there = [page for page in run.pages if page is not None]
+            found = [(page, self._pool.generation(page)) for page in there[:leading]]
             self._counters.hits += len(found)
-            self._pool.release([page for page in reversed(run.pages) if page is not None])
+            self._pool.release(reversed(there))
             self._expect([lineage.key for lineage in run.lineages[: len(found)]])
             return found
+
+    # Pages for a test of transports.
+
+    def lend(self, count: int) -> list[tuple[PageId, int]]:
+        """Page and generation of pages that hold nothing, each to be given to `abandon`.
+
+        Raises `OutOfPages` rather than take more than half of the room that pages could have.
+        """
+        with self._lock:
+            if 2 * count > self._pool.available_pages:
+                raise OutOfPages(f"{count} pages are more than half of the {self._pool.available_pages} to spare")
+            return [(page, self._pool.generation(page)) for page in self._room(count)]
 
     # Within.
 

@@ -3,11 +3,14 @@
     header (magic, version, bytes of the page, digest of the format, key, family, parent) | page | BLAKE2b-256 of both
 
 A file gets its name when it is complete, and is believed only as far as its checksum goes. So nothing is synced: what a
-crash tears is found out when it is read. Files are named by key, in 256 folders.
+crash tears is found out when it is read. Files are named by key, in 256 folders. Pages tell what was said: nobody else
+can look into the folder.
 """
 
+import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,6 +28,7 @@ _VERSION = 1
 _DIGEST_BYTES = 32
 _NO_PARENT = bytes(KEY_BYTES)
 _SUFFIX, _UNFINISHED = ".page", ".part"
+_PRIVATE = 0o700
 
 
 class CorruptFile(Exception):
@@ -38,12 +42,13 @@ class PageFiles:
     """
 
     def __init__(self, folder: Path, page_format: PageFormat) -> None:
-        """Raises `FixTheSetup` where the folder cannot be written or another process uses it."""
+        """Raises `FixTheSetup` where the folder cannot be written or kept to this user, or another process uses it."""
         self._folder = folder
         self._page_bytes = page_format.page_bytes
         self._format = _digest_of(page_format)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            _keep_private(folder)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise errors.FixTheSetup(f"{folder} cannot be used for pages: {error.strerror}", stage="disk") from error
@@ -66,8 +71,8 @@ class PageFiles:
         digest = blake2b(header, digest_size=_DIGEST_BYTES)
         digest.update(page)
         try:
-            path.parent.mkdir(exist_ok=True)
-            with open(unfinished, "wb", buffering=0) as file:
+            path.parent.mkdir(mode=_PRIVATE, exist_ok=True)
+            with open(unfinished, "wb", buffering=0, opener=_open_private) as file:
                 for part in (header, page, digest.digest()):
                     _write_all(file.fileno(), memoryview(part))
             os.utime(unfinished, ns=(stamp_ns, stamp_ns))
@@ -155,6 +160,19 @@ class PageFiles:
 def _digest_of(page_format: PageFormat) -> bytes:
     """16 bytes that name the format."""
     return blake2b(repr((*page_format.shape, page_format.dtype)).encode(), digest_size=16).digest()
+
+
+def _keep_private(folder: Path) -> None:
+    """Close a folder from before to others. `PermissionError` where it is another user's, who could open it again."""
+    info = folder.stat()
+    if info.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user")
+    if stat.S_IMODE(info.st_mode) != _PRIVATE:
+        folder.chmod(_PRIVATE)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _write_all(fd: int, data: memoryview) -> None:

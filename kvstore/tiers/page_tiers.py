@@ -26,7 +26,7 @@ class PageTiers:
         """`on_arrive` and `on_leave` are as the ledger has them. Takes over `files`, and not the segment."""
         disk_pages = disk_bytes // files.file_bytes if files is not None else 0
         self.segment = segment
-        self.ledger = Ledger(segment.num_pages, segment.generations, disk_pages, on_arrive, on_leave)
+        self.ledger = Ledger(segment.num_pages, segment.generations.data, disk_pages, on_arrive, on_leave)
         self._files = files
         self._demoter = Demoter(self.ledger, segment, files if disk_pages else None)
         self._promoter = Promoter(self.ledger, segment, files)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import worker_pb2 as protos_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/v1/page_store.proto\x12\ndiptych.v1\x1a\x16protos/v1/worker.proto\"\xf3\x01\n\x14PageStoreDescription\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12&\n\x06source\x18\x03 \x01(\x0b\x32\x16.diptych.v1.PageSource\x12\x11\n\tfollowing\x18\x04 \x03(\t\x12#\n\x04host\x18\x05 \x01(\x0b\x32\x15.diptych.v1.StoreTier\x12#\n\x04\x64isk\x18\x06 \x01(\x0b\x32\x15.diptych.v1.StoreTier\x12/\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x1d.diptych.v1.PageStoreCounters\"/\n\tStoreTier\x12\x13\n\x0btotal_pages\x18\x01 \x01(\x04\x12\r\n\x05pages\x18\x02 \x01(\x04\"\xa3\x01\n\x11PageStoreCounters\x12\x0f\n\x07\x61rrived\x18\x01 \x01(\x04\x12\r\n\x05stale\x18\x02 \x01(\x04\x12\x0c\n\x04hits\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x65moted\x18\x04 \x01(\x04\x12\x10\n\x08promoted\x18\x05 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\x12\x17\n\x0f\x64ropped_corrupt\x18\x07 \x01(\x04\x12\x13\n\x0b\x64isk_errors\x18\x08 \x01(\x04\x32V\n\tPageStore\x12I\n\x08\x44\x65scribe\x12\x1b.diptych.v1.DescribeRequest\x1a .diptych.v1.PageStoreDescriptionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprotos/v1/page_store.proto\x12\ndiptych.v1\x1a\x16protos/v1/worker.proto\"\xf3\x01\n\x14PageStoreDescription\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12&\n\x06source\x18\x03 \x01(\x0b\x32\x16.diptych.v1.PageSource\x12\x11\n\tfollowing\x18\x04 \x03(\t\x12#\n\x04host\x18\x05 \x01(\x0b\x32\x15.diptych.v1.StoreTier\x12#\n\x04\x64isk\x18\x06 \x01(\x0b\x32\x15.diptych.v1.StoreTier\x12/\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x1d.diptych.v1.PageStoreCounters\"/\n\tStoreTier\x12\x13\n\x0btotal_pages\x18\x01 \x01(\x04\x12\r\n\x05pages\x18\x02 \x01(\x04\"\xa3\x01\n\x11PageStoreCounters\x12\x0f\n\x07\x61rrived\x18\x01 \x01(\x04\x12\r\n\x05stale\x18\x02 \x01(\x04\x12\x0c\n\x04hits\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x65moted\x18\x04 \x01(\x04\x12\x10\n\x08promoted\x18\x05 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x06 \x01(\x04\x12\x17\n\x0f\x64ropped_corrupt\x18\x07 \x01(\x04\x12\x13\n\x0b\x64isk_errors\x18\x08 \x01(\x04\x32\xd7\x01\n\tPageStore\x12I\n\x08\x44\x65scribe\x12\x1b.diptych.v1.DescribeRequest\x1a .diptych.v1.PageStoreDescription\x12;\n\x04Lend\x12\x17.diptych.v1.LendRequest\x1a\x18.diptych.v1.LendResponse0\x01\x12\x42\n\x07Measure\x12\x1a.diptych.v1.MeasureRequest\x1a\x1b.diptych.v1.MeasureResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STORETIER']._serialized_end=359
   _globals['_PAGESTORECOUNTERS']._serialized_start=362
   _globals['_PAGESTORECOUNTERS']._serialized_end=525
-  _globals['_PAGESTORE']._serialized_start=527
-  _globals['_PAGESTORE']._serialized_end=613
+  _globals['_PAGESTORE']._serialized_start=528
+  _globals['_PAGESTORE']._serialized_end=743
 # @@protoc_insertion_point(module_scope)

@@ -40,12 +40,35 @@ class PageStoreStub:
                 request_serializer=protos_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_page__store__pb2.PageStoreDescription.FromString,
                 _registered_method=True)
+        self.Lend = channel.unary_stream(
+                '/diptych.v1.PageStore/Lend',
+                request_serializer=protos_dot_v1_dot_worker__pb2.LendRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_worker__pb2.LendResponse.FromString,
+                _registered_method=True)
+        self.Measure = channel.unary_unary(
+                '/diptych.v1.PageStore/Measure',
+                request_serializer=protos_dot_v1_dot_worker__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_worker__pb2.MeasureResponse.FromString,
+                _registered_method=True)
 
 
 class PageStoreServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lend(self, request, context):
+        """For tests of transports, as the same two of Worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Measure(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -58,6 +81,16 @@ def add_PageStoreServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_v1_dot_page__store__pb2.PageStoreDescription.SerializeToString,
+            ),
+            'Lend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=protos_dot_v1_dot_worker__pb2.LendRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_worker__pb2.LendResponse.SerializeToString,
+            ),
+            'Measure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=protos_dot_v1_dot_worker__pb2.MeasureRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_worker__pb2.MeasureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +120,60 @@ class PageStore:
             '/diptych.v1.PageStore/Describe',
             protos_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             protos_dot_v1_dot_page__store__pb2.PageStoreDescription.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diptych.v1.PageStore/Lend',
+            protos_dot_v1_dot_worker__pb2.LendRequest.SerializeToString,
+            protos_dot_v1_dot_worker__pb2.LendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diptych.v1.PageStore/Measure',
+            protos_dot_v1_dot_worker__pb2.MeasureRequest.SerializeToString,
+            protos_dot_v1_dot_worker__pb2.MeasureResponse.FromString,
             options,
             channel_credentials,
             insecure,

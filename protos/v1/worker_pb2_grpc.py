@@ -105,7 +105,7 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Measure(self, request, context):
-        """For a test of transports: pull pages that another worker lends, several times. Decode workers only.
+        """For a test of transports: pull pages that another worker or a page store lends, several times.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

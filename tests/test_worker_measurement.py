@@ -1,9 +1,9 @@
 """What a measurement makes of its pulls, and that its pages come back however they end."""
 
-from decode_worker.measurement import Measurement
 from kvstore.pool import PagePool
 from protos.errors import StalePage
 from protos.v1 import worker_pb2
+from worker.measurement import Measurement
 from worker.puller import Pulled
 
 SOURCE = worker_pb2.PageSource(worker_id="p")

@@ -1,4 +1,4 @@
-"""How fast pages come from another worker: pulls of one page, and of many at once."""
+"""How fast pages come from another pool: pulls of one page, and of many at once."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
