@@ -14,6 +14,7 @@ from cluster.gpu_share import gpu_share
 from cluster.operator_service import SERVICE, OperatorService
 from cluster.ray_process import RayLauncher
 from cluster.reconcile import Policy
+from cluster.self_test import SelfTest
 from kvstore.directory import STORE_POOL
 from kvstore.redis_directory import RedisDirectoryReader
 from protos.errors import FixTheSetup
@@ -72,9 +73,12 @@ class ControllerActor:
         return server.address
 
     async def _reconcile(self, controller: Controller, server: RpcServer, directory: RedisDirectoryReader) -> None:
+        testing = asyncio.create_task(SelfTest(controller.status).run(), name="self-test")
         try:
             await controller.run()
         finally:
+            testing.cancel()
+            await asyncio.wait({testing})
             self._ended.set()
             await server.stop()
             await directory.aclose()

@@ -74,16 +74,17 @@ def _is_path(source: End, reader: End) -> bool:
             return reader.pool == STORE_POOL and source.pool in _WORKERS and near
 
 
-def measure(source: End, reader: End) -> Path:
-    """How fast pages move between the two."""
-    path = Path(source.id, reader.id, _tier(source, reader))
+def measure(source: End, reader: End, most_bytes: int = _PULL_BYTES, timeout_s: float = _MEASURE_S) -> Path:
+    """How fast pages move between the two. One pull has `most_bytes` at most; each call may take `timeout_s`."""
+    path = Path(source.id, reader.id, tier_of(source, reader))
     try:
         with grpc.insecure_channel(source.address) as there, grpc.insecure_channel(reader.address) as here:
             owner, puller = _stub(source, there), _stub(reader, here)
-            lending = owner.Lend(worker_pb2.LendRequest(pages=_page_count(owner, puller)), timeout=_MEASURE_S)
+            count = _page_count(owner, puller, most_bytes)
+            lending = owner.Lend(worker_pb2.LendRequest(pages=count), timeout=timeout_s)
             loan = next(lending)
             request = worker_pb2.MeasureRequest(source=loan.source, pages=loan.pages)
-            found = puller.Measure(request, timeout=_MEASURE_S)
+            found = puller.Measure(request, timeout=timeout_s)
             lending.cancel()
     except grpc.RpcError as error:
         failed: Any = error  # the blocking client's errors have what an AioRpcError has
@@ -98,7 +99,8 @@ def measure(source: End, reader: End) -> Path:
     )
 
 
-def _tier(source: End, reader: End) -> str:
+def tier_of(source: End, reader: End) -> str:
+    """Which kind of path it is."""
     if source.pool == STORE_POOL:
         return HOST_UP
     return HOST_DOWN if reader.pool == STORE_POOL else POOL_TO_POOL
@@ -110,12 +112,12 @@ def _stub(end: End, channel: grpc.Channel) -> Any:
     return stub(channel)
 
 
-def _page_count(owner: Any, puller: Any) -> int:
+def _page_count(owner: Any, puller: Any, most_bytes: int) -> int:
     """Pages of one pull: enough for a rate, and no more than half of what is free, as requests go on meanwhile."""
     both = [stub.Describe(worker_pb2.DescribeRequest(), timeout=_CALL_S) for stub in (owner, puller)]
     formats = [PageFormat.from_proto(end.source.format) for end in both if end.HasField("source")]
-    page_bytes = max((page_format.page_bytes for page_format in formats), default=_PULL_BYTES)
-    return int(max(1, min(1024, _PULL_BYTES // page_bytes, *(_free(end) // 2 for end in both))))
+    page_bytes = max((page_format.page_bytes for page_format in formats), default=most_bytes)
+    return int(max(1, min(1024, most_bytes // page_bytes, *(_free(end) // 2 for end in both))))
 
 
 def _free(end: worker_pb2.WorkerDescription | page_store_pb2.PageStoreDescription) -> int:

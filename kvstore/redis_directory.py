@@ -15,7 +15,7 @@ from kvstore.redis_url import HELP, RedisUrl, aclose, redacted
 from protos import errors
 
 _CALLS = 8  # of one router at once, each on a connection of its own
-_TURN_S = 1.0  # to wait for one of them
+_TURN_S = 5.0  # to wait for one of them; who has less time gives up earlier
 log = logging.getLogger(__name__)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from kvstore.keys import PageKey
 from kvstore.lineage import Lineage
-from kvstore.tiers.ledger import Demotion, Ledger
+from kvstore.tiers.demotion import Demotion
+from kvstore.tiers.ledger import Ledger
 
 
 class Store:

@@ -162,7 +162,8 @@ async def test_workers_of_other_hosts_and_other_stores_are_not_followed(world):
     worker.list(worker_id="far", address="127.0.0.9:1")
     worker.list(worker_id="another", pool=STORE_POOL)
     worker.list()
-    await following(store, "w-0")
+    await arrived(store)
+    assert list(store.describe().following) == ["w-0"]
     assert worker.streams == 1
 
 

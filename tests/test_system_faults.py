@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import aclosing, suppress
 
 import grpc.aio
 import pytest
@@ -207,28 +208,24 @@ async def test_a_request_that_finds_no_worker_says_which_pool_is_empty(stack):
 
 async def test_requests_go_on_while_redis_is_killed_and_workers_tell_an_empty_one_everything_again(stack):
     keys = page_keys(await root_key(stack), PROMPT, 16)
-    reader = RedisDirectoryReader(stack.valkey.url, "diptych")
-    held = {f"{d.worker_id}/{d.incarnation}": 6 for d in await stack.descriptions()}
-    assert await reader.lookup(keys) == held
-    enough = asyncio.Event()
-    load = [asyncio.create_task(ask_until(enough, stack, [3 + n, *PROMPT])) for n in range(3)]
-    await asyncio.sleep(0.3)
+    async with aclosing(RedisDirectoryReader(stack.valkey.url, "diptych")) as reader:
+        held = {f"{d.worker_id}/{d.incarnation}": 6 for d in await stack.descriptions()}
+        await until_found(reader, keys, held)
+        enough = asyncio.Event()
+        load = [asyncio.create_task(ask_until(enough, stack, [3 + n, *PROMPT])) for n in range(3)]
+        await asyncio.sleep(0.3)
 
-    os.kill(stack.valkey.pid, signal.SIGKILL)
-    await asyncio.to_thread(stack.valkey.stop)  # removes its socket
-    down = await stack.client.complete(token_ids=PROMPT[:50], max_tokens=8, ignore_eos=True)
-    assert len(down.token_ids) == 8
-    await asyncio.to_thread(stack.valkey.start)  # empty, at the same address
+        os.kill(stack.valkey.pid, signal.SIGKILL)
+        await asyncio.to_thread(stack.valkey.stop)  # removes its socket
+        down = await stack.client.complete(token_ids=PROMPT[:50], max_tokens=8, ignore_eos=True)
+        assert len(down.token_ids) == 8
+        await asyncio.to_thread(stack.valkey.start)  # empty, at the same address
 
-    deadline = time.monotonic() + 20
-    while await found(reader, keys) != held:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.05)
-    await reader.aclose()
-    enough.set()
-    for answers in await asyncio.gather(*load):
-        assert len(answers) > 1
-        assert len(set(answers)) == 1
+        await until_found(reader, keys, held)
+        enough.set()
+        for answers in await asyncio.gather(*load):
+            assert len(answers) > 1
+            assert len(set(answers)) == 1
 
 
 async def root_key(stack) -> PageKey:
@@ -237,11 +234,15 @@ async def root_key(stack) -> PageKey:
     return ServedModel.load("tiny", stack.model).root_key("", identity)
 
 
-async def found(reader, keys) -> dict[str, int]:
-    try:
-        return await reader.lookup(keys)
-    except errors.MetadataUnavailable:
-        return {}
+async def until_found(reader, keys, held: dict[str, int], within_s=20.0) -> None:
+    """Wait until the directory answers, and says that these workers hold so many of the pages."""
+    deadline = time.monotonic() + within_s
+    found: dict[str, int] = {}
+    while not held.items() <= found.items():  # the dead are among those that are found
+        assert time.monotonic() < deadline, f"{found} without {held}"
+        await asyncio.sleep(0.05)
+        with suppress(errors.MetadataUnavailable):
+            found = await reader.lookup(keys)
 
 
 async def ask_until(enough, stack, prompt) -> list[tuple[int, ...]]:

@@ -126,11 +126,9 @@ async def test_what_is_on_the_disk_outlives_the_store(stack):
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    for worker in [*stack.prefill, *stack.decode]:  # nobody has the pages any more
+    for worker in (stack.prefill.pop(), stack.decode.pop()):  # nobody has the pages any more
         await worker.kill()
-    stack.prefill.clear()
-    stack.decode.clear()
-    stack.store, *_ = await asyncio.gather(start_store(stack), stack.add("prefill"), stack.add("decode"))
+    stack.store, _ = await asyncio.gather(start_store(stack), stack.add("prefill"))
 
     async def found() -> bool:
         return (await describe(stack.store)).disk.pages > PAGES
@@ -139,5 +137,4 @@ async def test_what_is_on_the_disk_outlives_the_store(stack):
     told = await describe(stack.store)
     assert (told.host.pages, told.counters.arrived) == (0, 0)
     assert await pull(stack.store.address, told.source, keys, "shm") == stack.pages[:30]
-    counters = (await describe(stack.store)).counters
-    assert (counters.promoted, counters.dropped_corrupt) == (PAGES - 1, 1)
+    assert (await describe(stack.store)).counters.dropped_corrupt == 1

@@ -5,7 +5,8 @@ import threading
 import time
 
 from kvstore.segment import Segment
-from kvstore.tiers.ledger import Demotion, Ledger
+from kvstore.tiers.demotion import Demotion
+from kvstore.tiers.ledger import Ledger
 from kvstore.tiers.page_files import PageFiles
 
 _PERIOD_S = 0.2  # between two looks for what is due

@@ -8,7 +8,10 @@ from kvstore.reuse_rate import ReuseRate
 
 
 class DiskIndex:
-    """Room for `capacity` pages (0: there is no disk), by the policy of the pools; its numbers for pages mean no place on the disk."""
+    """Room for `capacity` pages (0: there is no disk), by the policy of the pools.
+
+    The numbers that it gives to pages are for the policy alone: they mean no place on the disk.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from kvstore.keys import PageKey
 from kvstore.lineage import Lineage
@@ -12,28 +12,12 @@ from kvstore.page_state import PageId
 from kvstore.pool import Generations, OutOfPages, PagePool
 from kvstore.reuse_rate import ReuseRate
 from kvstore.tiers.counters import TierCounters
+from kvstore.tiers.demotion import Demotion
 from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.open_chains import Chain, OpenChains
+from kvstore.tiers.run import Run
 
 _QUIET_S = 1.0  # a prompt to which nothing was added for so long is let go
-
-
-@dataclass
-class Run:
-    """Leading pages of a prompt that somebody asks for; those in the host are read until the run ends."""
-
-    lineages: list[Lineage] = field(default_factory=list)
-    pages: list[PageId | None] = field(default_factory=list)  # of the host; None until it comes from the disk
-    room: dict[int, PageId] = field(default_factory=dict)  # to be filled from the disk, by their places in the run
-
-
-@dataclass(frozen=True)
-class Demotion:
-    """A page that is wanted on the disk. `page` is None where it is there already and has only been used."""
-
-    lineage: Lineage
-    page: PageId | None
-    generation: int
 
 
 class Ledger:

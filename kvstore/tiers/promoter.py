@@ -9,8 +9,9 @@ from contextlib import suppress
 from kvstore.keys import PageKey
 from kvstore.page_state import PageId
 from kvstore.segment import Segment
-from kvstore.tiers.ledger import Ledger, Run
+from kvstore.tiers.ledger import Ledger
 from kvstore.tiers.page_files import CorruptFile, PageFiles
+from kvstore.tiers.run import Run
 
 _READERS = 4  # files that are read at a time: a core checks about 1 GB/s
 _AT_ONCE = 4 * _READERS  # pages: no more room is taken in the host before these are there
