@@ -3,8 +3,13 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from triton import AsyncCompileMode
 
 _CALLERS = 6  # threads that launch; each has scratch memory of cuBLAS's of its own
 _COMPILERS = 12  # threads that compile what the others wait for
@@ -18,11 +23,9 @@ def warm_up(calls: Sequence[Callable[[], None]]) -> None:
     """
     if not calls:
         return
-    from triton import AsyncCompileMode
-
     with (
         ThreadPoolExecutor(_COMPILERS) as compilers,
-        AsyncCompileMode(compilers),
+        _compile_in(compilers),
         ThreadPoolExecutor(_CALLERS) as callers,
     ):
         made = [callers.submit(copy_context().run, torch.inference_mode()(call)) for call in calls]
@@ -31,3 +34,16 @@ def warm_up(calls: Sequence[Callable[[], None]]) -> None:
     if torch.cuda.is_available():
         # This thread's: it cannot be made while the thread records.
         torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+
+
+def _compile_in(compilers: ThreadPoolExecutor) -> "AsyncCompileMode":
+    """Triton's mode for compiling in other threads, made safe for callers that ask for the same kernel at once."""
+    from triton import AsyncCompileMode
+
+    class OneEach(AsyncCompileMode):  # type: ignore[misc]  # Triton has no types
+        def submit(self, *arguments: Any) -> Any:
+            with lock:  # between its look for the kernel and its note of it, another thread would compile it as well
+                return super().submit(*arguments)
+
+    lock = Lock()
+    return OneEach(compilers)
