@@ -22,11 +22,11 @@ $(VENV)/.installed: pyproject.toml
 demo: install  ## one command: a real model answers through router, prefill, store and decode
 	$(BIN)/diptych demo
 
-# Kernels and engine share nothing with one another but the CPU, so their tests run two at a time; the others start processes.
-ALONE := tests/test_kernels_* tests/test_engine_*
+# Tests of whole clusters, with many processes and faults in them, have the machine to themselves; the others run two at a time.
+ALONE := tests/test_system_* tests/test_cluster_local.py tests/test_cluster_remote.py tests/test_diptych_demo.py tests/test_benchmarks_gpu_e2e.py
 test: install  ## every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE)
-	$(BIN)/python -m pytest $(ALONE:%=--ignore-glob='%')
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore-glob='%')
+	$(BIN)/python -m pytest $(ALONE)
 
 check: install  ## ruff, mypy and the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.record import commit
 from kernels.attention_plan import AttentionPlan
 from kernels.hopper_cascade import CascadeSchedule, cascade_pages
 from kernels.hopper_decode import DecodeSchedule, decode_pages
@@ -282,7 +283,7 @@ def read_ceiling() -> float:
     return x.numel() * 4 / times["read"] / 1e3
 
 
-def device_row(commit: str) -> Json:
+def device_row() -> Json:
     """What ran, and where."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
     card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
@@ -291,7 +292,7 @@ def device_row(commit: str) -> Json:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "command": shlex.join(["python3", *sys.orig_argv[1:]]),
         "shape": f"GQA {HEADS}/{KV_HEADS}, bfloat16, pages of {PAGE} tokens",
     }
@@ -314,14 +315,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", help="vLLM's FlashAttention-3 extension")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
-    parser.add_argument("--commit", default="", help="of the code that runs, for the record")
     parser.add_argument("--only", default="prefill,ragged,decode,cascade", help="sections, with commas")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which no row is begun")
     args = parser.parse_args()
     fa3 = Fa3(args.fa3) if args.fa3 else None
     torch.manual_seed(0)
     results: Json = {
-        "meta": device_row(args.commit),
+        "meta": device_row(),
         "read_gb_per_s": read_ceiling(),
         "prefill": [],
         "ragged": [],

@@ -228,12 +228,11 @@ def main() -> None:
     """Write the results after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode_linear.json"))
-    parser.add_argument("--commit", default="", help="of the code that runs, for the record")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which no row is begun")
     args = parser.parse_args()
     torch.manual_seed(0)
     ceiling = read_ceiling()
-    results: Json = {"meta": device_row(args.commit), "read_gb_per_s": ceiling}
+    results: Json = {"meta": device_row(), "read_gb_per_s": ceiling}
     results |= {name: [] for name in ("products", "step", "product", "small", "other")}
     print(results["meta"], f"read ceiling {ceiling:.0f} GB/s", flush=True)
     weights = make_weights()

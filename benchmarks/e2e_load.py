@@ -137,7 +137,8 @@ def _steady(streams: list[Streamed], samples: list[tuple[float, float, float, fl
     arrived = np.array([t for s in streams for t in s.times])
     tokens = int(((arrived > first) & (arrived <= last)).sum())
     cpu_s = float(cpu[inside][-1] - cpu[inside][0])
-    tpot = statistics.median(float(np.median(np.diff([t for t in s.times if begin <= t <= end]))) for s in streams)
+    between = [[t for t in s.times if begin <= t <= end] for s in streams]
+    tpot = statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in between)
     return {
         "seconds": float(last - first),
         "tokens_per_s": tokens / float(last - first),

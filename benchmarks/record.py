@@ -31,14 +31,17 @@ def _circumstances() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "commit": os.environ.get("DIPTYCH_COMMIT") or _commit(),  # given where a copy has travelled without its history
+        "commit": commit(),
         "device": _device(),
         "python": platform.python_version(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the code that runs; DIPTYCH_COMMIT says it where a copy has travelled without its history."""
+    if given := os.environ.get("DIPTYCH_COMMIT"):
+        return given
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 

@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.record import commit
 from kernels.sample import sample
 from kernels.sample_log_probs import log_probs
 from kernels.sample_rows import SamplingRows
@@ -113,6 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "date": date.today().isoformat(),
+        "commit": commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},

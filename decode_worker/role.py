@@ -59,7 +59,7 @@ class DecodeRole(Role):
         for arrival in [arrival for arrival in self._requests.values() if arrival.deadline <= now]:
             if not arrival.ended:  # the room that another one left may have brought its end
                 self._fail(arrival, DeadlineExceeded("the deadline passed during decode"))
-        self._puller.close_idle(now)
+        self.puller.close_idle(now)
 
     def drop_router(self, router_id: str) -> None:
         for request_id in [r for r, arrival in self._requests.items() if arrival.router_id == router_id]:
@@ -159,7 +159,7 @@ class DecodeRole(Role):
         sequence.pages += into
         arrival.in_flight += 1
         timeout_s = min(_PULL_S, max(0.001, arrival.deadline - monotonic()))
-        self._puller.pull(arrival.source, refs, into, timeout_s, partial(self._pulled, arrival))
+        self.puller.pull(arrival.source, refs, into, timeout_s, partial(self._pulled, arrival))
 
     def _pulled(self, arrival: Arrival, result: Pulled) -> None:
         """A pull came back: its pages become visible only if every generation held."""

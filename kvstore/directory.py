@@ -34,6 +34,7 @@ class WorkerRecord:
     endpoints: tuple[tuple[str, str], ...]  # transport and address, best first
     draining: bool = False
     load: dict[str, float | int] = field(default_factory=dict)
+    pull_rates: dict[str, float] = field(default_factory=dict)  # bytes/s at which pages came to it, by transport
 
     @property
     def holder(self) -> str:

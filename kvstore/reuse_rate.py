@@ -6,6 +6,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.eviction import EvictionPolicy
 from kvstore.keys import PageKey
 from kvstore.page_state import PageId
@@ -17,6 +20,7 @@ _BINS = 40
 _GROWTH = 1.25  # each bin of ages is so much wider than the one before
 _FADE = 0.995  # of what was seen, kept at each reckoning
 _EVIDENCE = 5.0  # fewer observations than this say nothing
+_Counts = NDArray[np.float64]  # by bin of ages
 
 
 @dataclass(slots=True)
@@ -52,6 +56,7 @@ class ReuseRate(EvictionPolicy):
         self._clock = 0  # pages let go so far
         self._period = max(64, num_pages // 4)  # pages between two reckonings
         self._edges = [0.0, *(num_pages / 50 * _GROWTH**step for step in range(_BINS))]
+        self._widths = np.diff(self._edges)
         self._reads = [[0.0] * _BINS for _ in _CLASSES]
         self._losses = [[0.0] * _BINS for _ in _CLASSES]
         # Pages that were neither read nor lost since they were let go, by the period when that was and by class.
@@ -130,10 +135,9 @@ class ReuseRate(EvictionPolicy):
         classes = zip(self._reads, self._losses, self._count_waiting(), self._worth, strict=True)
         for reads, losses, waiting, worth in classes:
             if sum(reads) + sum(losses) >= _EVIDENCE:
-                worth[:] = [self._best_rate(reads, losses, waiting, age) for age in range(_BINS)]
-            for age in range(_BINS):
-                reads[age] *= _FADE
-                losses[age] *= _FADE
+                worth[:] = self._best_rates(np.array(reads), np.array(losses), np.array(waiting)).tolist()
+            reads[:] = [seen * _FADE for seen in reads]
+            losses[:] = [seen * _FADE for seen in losses]
 
     def _count_waiting(self) -> list[list[int]]:
         """Pages whose fate is not known yet: for each class, how many of each age."""
@@ -146,17 +150,13 @@ class ReuseRate(EvictionPolicy):
                 ages[rank][bin_] += count
         return ages
 
-    def _best_rate(self, reads: list[float], losses: list[float], waiting: list[int], age: int) -> float:
-        """What a page of this age is worth: nothing, if hardly any was seen to be so old."""
-        alive = sum(reads[age:]) + sum(losses[age:]) + sum(waiting[age:])
-        if alive < _EVIDENCE:
-            return 0.0
-        best = hits = room = 0.0
-        for bin_ in range(age, _BINS):
-            ended = reads[bin_] + losses[bin_] + waiting[bin_]
-            width = self._edges[bin_ + 1] - self._edges[bin_]
-            room += (alive - ended / 2) * width
-            hits += reads[bin_]
-            alive -= ended
-            best = max(best, hits / room)
-        return best
+    def _best_rates(self, reads: _Counts, losses: _Counts, waiting: _Counts) -> _Counts:
+        """What a page of each age is worth: nothing, if hardly any was seen to be so old."""
+        ended = reads + losses + waiting
+        alive = ended[::-1].cumsum()[::-1]  # that reached each age
+        hits = np.append(0.0, reads.cumsum())
+        room = np.append(0.0, ((alive - ended / 2) * self._widths).cumsum())
+        # From each age (a row) to each later one (a column): reads gained over room and time spent.
+        gained, spent = hits[1:] - hits[:-1, None], room[1:] - room[:-1, None]
+        rates = np.divide(gained, spent, out=np.zeros_like(spent), where=spent > 0)
+        return np.where(alive >= _EVIDENCE, rates.max(axis=1), 0.0)

@@ -3,7 +3,7 @@
 Pure functions: the clock, the loads and what each worker holds are arguments. All predictions are milliseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
@@ -12,9 +12,9 @@ from kvstore.directory import WorkerRecord
 # A worker that has not yet computed anything has no measured rate; any value serves until its first step.
 FIRST_RATE = 1000.0  # tokens/s
 FIRST_STEP_MS = 20.0
-# Bytes/s that each transport is taken to move: cuda_ipc between GPUs of one host, at a part of NVLink's rate; shm is a
-# memory copy; tcp one stream over loopback or 10 GbE.
-BANDWIDTH = {"cuda_ipc": 1e11, "shm": 4e9, "tcp": 1e9}
+# Bytes/s that each transport is taken to move to a worker that has not yet had pages by it: cuda_ipc between GPUs of
+# one host, at a part of NVLink's rate; shm is a memory copy; nixl and tcp as a 10 GbE network allows.
+BANDWIDTH = {"cuda_ipc": 1e11, "shm": 4e9, "nixl": 1e9, "tcp": 1e9}
 WITHIN_A_HOST = ("cuda_ipc", "shm")
 # What moves beside prefill is not free: it takes bandwidth from others. This share of its time counts.
 HIDDEN_SHARE = 0.1
@@ -71,6 +71,7 @@ class Candidate:
     available_pages: int
     held_pages: int
     measured_at: float
+    pull_rates: Mapping[str, float]  # bytes/s at which pages came to it, by transport
 
     @property
     def name(self) -> tuple[str, int]:
@@ -248,7 +249,8 @@ def _room_ms(worker: Candidate, job: Job, step: float) -> float:
 
 
 def _bandwidth(source: Candidate | Holder, reader: Candidate) -> float:
-    """Of the first of the source's transports that reaches."""
+    """Of the first of the source's transports that reaches, as the reader measured it."""
     near = source.host == reader.host
-    usable = (BANDWIDTH[t] for t in source.transports if t in BANDWIDTH and (near or t not in WITHIN_A_HOST))
-    return next(usable, BANDWIDTH["tcp"])
+    usable = (t for t in source.transports if t in BANDWIDTH and (near or t not in WITHIN_A_HOST))
+    transport = next(usable, "tcp")
+    return reader.pull_rates.get(transport) or BANDWIDTH[transport]

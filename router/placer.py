@@ -225,6 +225,7 @@ def _candidate(link: WorkerLink, prefix_pages: int) -> Candidate:
         available_pages=load.available_pages - sum(claim.pages for claim in newer),
         held_pages=load.held_pages,
         measured_at=at,
+        pull_rates=record.pull_rates,
     )
 
 

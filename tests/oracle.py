@@ -24,7 +24,6 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         transformers.utils.logging.disable_progress_bar()
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model.eval()
-    model.generation_config.eos_token_id = None  # an answer has the length that is asked for
     return model
 
 
@@ -35,18 +34,18 @@ def logits(path: Path, ids: Sequence[int]) -> Tensor:
     return out
 
 
+def greedy_choices(path: Path, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The likeliest id after the prompt and after each but the last of the answer's ids. An answer that equals its
+    choices is the model's greedy answer, each id by the ids before it; one pass tells, where generating takes many."""
+    return _choices(path, tuple(prompt), tuple(answer))
+
+
+@functools.lru_cache(maxsize=64)
 @torch.inference_mode()
-def greedy_tokens(path: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The `count` ids after each prompt, whatever they are: an end of sequence does not end it."""
-    return [_answer(load(path), list(prompt), count) for prompt in prompts]
-
-
-def _answer(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    answer = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
-    )
-    return [int(token) for token in answer[0, len(prompt) :]]
+def _choices(path: Path, prompt: tuple[int, ...], answer: tuple[int, ...]) -> list[int]:
+    ids = torch.tensor([prompt + answer[:-1]])
+    out: list[int] = load(path)(ids, logits_to_keep=len(answer)).logits[0].argmax(-1).tolist()
+    return out
 
 
 def perplexity(logits: Tensor, ids: Sequence[int]) -> float:

@@ -1,6 +1,7 @@
 """`diptych up --ray-address` on a Ray cluster of three raylets with a role each, as an operator would have it."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -44,7 +45,10 @@ class RayCluster(NamedTuple):
 
     def actors(self) -> list[str]:
         """The names of our actors' processes."""
-        names = ["".join(child.cmdline()) for child in self.process.children(recursive=True)]
+        names = []
+        for child in self.process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie too
+                names.append("".join(child.cmdline()))
         return sorted(name.partition(".")[0] for name in names if name.startswith("ray::") and "Actor" in name)
 
 

@@ -40,6 +40,7 @@ IDLE = Candidate(
     available_pages=1000,
     held_pages=0,
     measured_at=NOW,
+    pull_rates={},
 )
 
 
@@ -227,6 +228,18 @@ def test_shared_memory_and_gpus_memory_reach_only_within_a_host():
         assert there == pytest.approx(FETCH_START_MS + 10 * far)  # 1 MB at 1 GB/s
         assert fetched(holder(10, transports=transports)).fetch_ms < there
     assert fetched(holder(10, transports=("cuda_ipc", "tcp"))).fetch_ms < fetched(holder(10)).fetch_ms
+
+
+def test_the_rate_that_a_worker_has_measured_counts():
+    measured = replace(IDLE, pull_rates={"shm": 8e9})
+    assert fetched(holder(10), measured).fetch_ms == pytest.approx(FETCH_START_MS + 10 * 0.125)
+    by_tcp = fetched(holder(10, host="10.0.0.2"), measured)
+    assert by_tcp.fetch_ms == pytest.approx(FETCH_START_MS + 10 * 1.0), "nothing was measured of tcp"
+    assert cost(IDLE, replace(IDLE, pull_rates={"shm": 1e5})).hand_over_ms > cost().hand_over_ms
+    assert cost(measured, IDLE).hand_over_ms == cost().hand_over_ms, "the reader's rate counts"
+    slow = replace(IDLE, pull_rates={"shm": 1e7})  # 100 ms for each page, 64 to compute it
+    assert source_of(IDLE, holder(10)) == holder(10)
+    assert source_of(slow, holder(10)) is None
 
 
 def test_a_fetch_beside_a_queue_costs_a_share_of_its_time():

@@ -130,6 +130,11 @@ async def test_pages_are_fetched_where_that_is_faster_than_computing_them(rig, p
     assert (source.worker_id, source.incarnation, source.format) == ("store-0", 77, FORMAT.to_proto())
     assert [(e.transport, e.address) for e in source.endpoints] == [("tcp", "t")]
     assert caplog.records[-1].getMessage().endswith("they hold 0 and 0, store-0 5)")
+    for worker in rig.prefills:
+        worker.announce(pull_rates={"tcp": 1.0})
+    links = rig.router.fleet.usable("prefill")
+    await until(lambda: all(link.record.pull_rates for link in links))
+    assert (await place(placer)).fetch is None  # at a byte a second
 
 
 async def test_nothing_is_fetched_that_cannot_be_used_or_had(rig, placer, model):

@@ -18,6 +18,7 @@ from kvstore_owner import SMALL, Owner
 from protos import errors
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from worker import puller as puller_module
+from worker.pull_rates import PullRates
 from worker.puller import Pulled, Puller
 
 PATIENCE_S = 20.0
@@ -87,6 +88,27 @@ def test_a_pull_tells_what_it_moved(puller, owner, local, transport):
     result = pull(puller, owner.source(transport), owner.fill(7, 8), [3, 1])
     assert (result.pages, result.bytes, result.transport, result.error) == (2, 2 * SMALL.page_bytes, transport, None)
     assert local.pages[[3, 1], 0].tolist() == [7, 8]
+
+
+def test_the_rate_of_pulls_is_known_by_transport_but_for_what_connecting_took(puller, owner):
+    refs = owner.fill(7, 8)
+    pull(puller, owner.source("shm"), refs, [3, 1])
+    assert puller.rates.by_transport == {}
+    ms = pull(puller, owner.source("shm"), refs, [3, 1]).ms
+    assert puller.rates.by_transport == pytest.approx({"shm": 2 * SMALL.page_bytes / ms * 1e3})
+
+
+def test_large_pulls_decide_what_the_rate_is_and_old_ones_fade():
+    rates = PullRates()
+    for _ in range(50):
+        rates.add("cuda_ipc", 8 << 20, 0.5e-3)  # mostly its start
+        rates.add("cuda_ipc", 512 << 20, 1.5e-3)
+    assert rates.by_transport["cuda_ipc"] == pytest.approx((512 << 20) / 1.5e-3, rel=0.02)
+    for _ in range(200):
+        rates.add("cuda_ipc", 512 << 20, 15e-3)
+    assert rates.by_transport["cuda_ipc"] == pytest.approx((512 << 20) / 15e-3, rel=0.02)
+    rates.add("shm", 0, 0.0)
+    assert "shm" not in rates.by_transport
 
 
 def test_what_fails_is_told(puller, mortal):

@@ -80,9 +80,9 @@ class WorkerHost(ABC):
         scheduler = Scheduler(pool, engine_config, self._sealed)
         engine = Engine(scheduler, self._make_runner(cache))
         self._page_servers = registry.serve(config.transports, self.segment, config.host)
-        role = self.make_role(engine)
-        role.checksums = self._checksums
-        self._loop = WorkerLoop(role)
+        self._role = self.make_role(engine)
+        self._role.checksums = self._checksums
+        self._loop = WorkerLoop(self._role)
         self._server: RpcServer | None = None
 
     def _sealed(self, page: Lineage) -> None:
@@ -235,4 +235,5 @@ class WorkerHost(ABC):
             endpoints=tuple((s.endpoint.transport, s.endpoint.address) for s in self._page_servers),
             draining=self._drained_at is not None,
             load={field.name: getattr(load, field.name) for field in load.DESCRIPTOR.fields},
+            pull_rates=self._role.puller.rates.by_transport,
         )

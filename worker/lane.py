@@ -43,6 +43,10 @@ class Lane:
         self._channel: grpc.Channel | None = None  # to the source's PageHolder
 
     @property
+    def connected(self) -> bool:
+        return self._reader is not None
+
+    @property
     def transport(self) -> tuple[str, str]:
         """Its name, and better ones that did not work, each with its reason."""
         return (self._reader.name, self._reader.passed_over) if self._reader else ("", "")

@@ -60,7 +60,7 @@ class PromptRole(Role):
         for request in self._requests.values():
             if request.fetch:
                 request.fetch.expire(now)
-        self._puller.close_idle(now)
+        self.puller.close_idle(now)
 
     def drop_router(self, router_id: str) -> None:
         for request_id in [r for r, request in self._requests.items() if request.router_id == router_id]:
@@ -81,7 +81,7 @@ class PromptRole(Role):
             request = self._requests[sequence.request_id]
             if request.fetch is None:
                 request.fetch = PrefixFetch(scheduler, sequence, partial(self._fetched, request))
-                request.fetch.start(self._puller, request.order, self._fetch_limit_s(sequence))
+                request.fetch.start(self.puller, request.order, self._fetch_limit_s(sequence))
 
     def _fetch_limit_s(self, sequence: Sequence) -> float:
         rate = self.engine.times.tokens_per_s

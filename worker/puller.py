@@ -15,6 +15,7 @@ from protos.errors import DeadlineExceeded, DiptychError
 from protos.v1 import worker_pb2
 from worker.lane import Lane
 from worker.page_checksums import PageChecksums
+from worker.pull_rates import PullRates
 
 # Of a fetch, so much is pulled at once: enough for a transport's full rate, and small beside a long prompt's pages.
 _BATCH_BYTES = 64 * 2**20
@@ -32,6 +33,7 @@ class Pulled:
     transport: str = ""
     error: DiptychError | None = None
     passed_over: str = ""  # better transports that did not work, each with its reason
+    connected: bool = False  # its time is also that of the connection, which was made for it
 
 
 class Fetching(Protocol):
@@ -67,6 +69,7 @@ class Puller:
         self._post = post
         self._launched = launched
         self._checksums = checksums
+        self.rates = PullRates()
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._looked = 0.0
 
@@ -126,12 +129,12 @@ class Puller:
         after: Event | None,
         done: Callable[[Pulled], None],
     ) -> None:
-        started = time.perf_counter()
+        pull = _Timed(lane)
         try:
-            result = _pulled(lane, len(refs), lane.pull(refs, into, timeout_s, after), started)
+            result = pull.ended(len(refs), lane.pull(refs, into, timeout_s, after))
         except Exception as error:
             result = Pulled(len(refs), error=_typed(error))
-        self._post(partial(self._finish, lane, partial(done, result)))
+        self._post(partial(self._finish, lane, result, done))
 
     def _fetch(
         self,
@@ -143,7 +146,7 @@ class Puller:
         after: Event | None,
         by: Fetching,
     ) -> None:
-        started = time.perf_counter()
+        pull = _Timed(lane)
         batch = max(1, _BATCH_BYTES // self._segment.format.page_bytes)
         pages = moved = 0
         failed: DiptychError | None = None
@@ -156,21 +159,31 @@ class Puller:
                 self._post(partial(by.arrived, len(part)))
         except Exception as error:
             failed = _typed(error)
-        result = _pulled(lane, pages, moved, started, failed)
-        self._post(partial(self._finish, lane, partial(by.ended, result)))
+        result = pull.ended(pages, moved, failed)
+        self._post(partial(self._finish, lane, result, by.ended))
 
     # In the engine's thread again.
 
-    @staticmethod
-    def _finish(lane: Lane, tell: Callable[[], None]) -> None:
+    def _finish(self, lane: Lane, result: Pulled, tell: Callable[[Pulled], None]) -> None:
         lane.in_flight -= 1
         lane.used = time.monotonic()
-        tell()
+        if result.error is None and not result.connected:
+            self.rates.add(result.transport, result.bytes, result.ms / 1e3)
+        tell(result)
 
 
-def _pulled(lane: Lane, pages: int, moved: int, started: float, error: DiptychError | None = None) -> Pulled:
-    transport, passed_over = lane.transport
-    return Pulled(pages, moved, (time.perf_counter() - started) * 1e3, transport, error, passed_over)
+class _Timed:
+    """A pull that begins now."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._connects = not lane.connected
+        self._began = time.perf_counter()
+
+    def ended(self, pages: int, moved: int, error: DiptychError | None = None) -> Pulled:
+        ms = (time.perf_counter() - self._began) * 1e3
+        transport, passed_over = self._lane.transport
+        return Pulled(pages, moved, ms, transport, error, passed_over, self._connects)
 
 
 def _typed(error: Exception) -> DiptychError:

@@ -28,7 +28,7 @@ class Role(ABC):
     def __init__(self, engine: Engine, puller: Puller) -> None:
         self.engine = engine
         self.pool = engine.scheduler.pool
-        self._puller = puller
+        self.puller = puller
         self._updates: dict[str, list[worker_pb2.SequenceUpdate]] = defaultdict(list)
 
     @abstractmethod
@@ -61,11 +61,11 @@ class Role(ABC):
         done: Callable[[worker_pb2.MeasureResponse | DiptychError], None],
     ) -> None:
         """Test how fast pages come from another pool; `done` gets the result. Raises `OutOfPages`."""
-        Measurement(self.pool, self._puller, done).start(request.source, request.pages)
+        Measurement(self.pool, self.puller, done).start(request.source, request.pages)
 
     def close(self) -> None:
         """End what runs beside the loop."""
-        self._puller.close()
+        self.puller.close()
 
     def name_pages(self, pages: Sequence[PageId], first: int = 0) -> list[worker_pb2.PageRef]:
         """What a reader elsewhere needs to know of sealed pages; they are a prompt's from its page `first` on."""
