@@ -55,25 +55,26 @@ class ReuseRate(EvictionPolicy):
         self._remembered = min(_REMEMBERED * num_pages, _MOST_REMEMBERED)
         self._clock = 0  # pages let go so far
         self._period = max(64, num_pages // 4)  # pages between two reckonings
-        self._edges = [0.0, *(num_pages / 50 * _GROWTH**step for step in range(_BINS))]
-        self._widths = np.diff(self._edges)
+        edges = [0.0, *(num_pages / 50 * _GROWTH**step for step in range(_BINS))]
+        self._ends = edges[1:-1]  # of all bins but the last, which has none
+        self._widths = np.diff(edges)
         self._reads = [[0.0] * _BINS for _ in _CLASSES]
         self._losses = [[0.0] * _BINS for _ in _CLASSES]
         # Pages that were neither read nor lost since they were let go, by the period when that was and by class.
         self._waiting_now = [0] * len(_CLASSES)
         self._waiting = {0: self._waiting_now}
         # Until there is evidence, least recently used first: this falls with age.
-        self._worth = [[1.0 / (edge + num_pages) for edge in self._edges[:-1]] for _ in _CLASSES]
+        self._worth = [[1.0 / (edge + num_pages) for edge in edges[:-1]] for _ in _CLASSES]
         self._by_rank = list(zip(self._queues, self._worth, strict=True))
 
     def add(self, page: PageId, key: PageKey) -> None:
         known = self._held.get(page)
         if known is None or known.key != key:
-            known = self._remember(key)
+            known = self._held[page] = self._remember(key)
         known.uses += 1
-        rank = known.rank = bisect_right(_CLASSES, known.uses) - 1
+        known.rank = rank = bisect_right(_CLASSES, known.uses) - 1
         known.let_go = self._clock
-        self._held[page] = self._queues[rank][page] = known
+        self._queues[rank][page] = known
         self._waiting_now[rank] += 1
         self._clock += 1
         if self._clock % self._period == 0:
@@ -87,14 +88,14 @@ class ReuseRate(EvictionPolicy):
 
     def evict(self) -> PageId:
         # The oldest page of each class may go, if it is older than those of the classes before: the one worth least.
-        clock, edges = self._clock, self._edges
+        clock, ends = self._clock, self._ends
         oldest, least, chosen = clock, math.inf, PageId(-1)
         for queue, worth in self._by_rank:
             for page in queue:
                 let_go = queue[page].let_go
                 if let_go < oldest:
                     oldest = let_go
-                    value = worth[min(bisect_right(edges, clock - let_go), _BINS) - 1]
+                    value = worth[bisect_right(ends, clock - let_go)]
                     if value <= least:
                         least, chosen = value, page
                 break  # only its first one
@@ -124,11 +125,9 @@ class ReuseRate(EvictionPolicy):
         return known
 
     def _note(self, counts: list[list[float]], known: _Page) -> None:
-        counts[known.rank][self._bin(known.let_go)] += 1.0
-        self._waiting[known.let_go // self._period][known.rank] -= 1
-
-    def _bin(self, let_go: float) -> int:
-        return min(bisect_right(self._edges, max(0.0, self._clock - let_go)), _BINS) - 1
+        rank, let_go = known.rank, known.let_go
+        counts[rank][bisect_right(self._ends, self._clock - let_go)] += 1.0
+        self._waiting[let_go // self._period][rank] -= 1
 
     def _reckon(self) -> None:
         """Work out anew what pages are worth, and let what was seen fade."""
@@ -145,7 +144,7 @@ class ReuseRate(EvictionPolicy):
         for period in [period for period, counts in self._waiting.items() if not any(counts)]:
             del self._waiting[period]
         for period, counts in self._waiting.items():
-            bin_ = self._bin((period + 0.5) * self._period)
+            bin_ = bisect_right(self._ends, self._clock - (period + 0.5) * self._period)
             for rank, count in enumerate(counts):
                 ages[rank][bin_] += count
         return ages
