@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class Bench:
         pages = max(batch * (-(-context // PAGE) + 4) for context, batch in DECODE)
         shape = (pages, m.layers, 2, m.kv_heads, PAGE, m.head_dim)
         self.cache = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
-        settings = EngineConfig(
+        settings = self.settings = EngineConfig(
             page_size=PAGE, num_pages=pages, token_budget=token_budget, max_sequences=256, max_waiting=4096
         )
         self.scheduler = Scheduler(PagePool(pages), settings)
@@ -181,6 +182,17 @@ def run_prompts(bench: Bench, length: int, count: int) -> float:
     return seconds
 
 
+def budget_row(bench: Bench, budget: int, length: int = 2048) -> Json:
+    """What a step of so many tokens computes in a second, where many prompts wait."""
+    whole = bench.scheduler, bench.engine
+    bench.scheduler = Scheduler(PagePool(len(bench.cache)), replace(bench.settings, token_budget=budget))
+    bench.engine = Engine(bench.scheduler, bench.runner)
+    seconds = [run_prompts(bench, length, SATURATED // length) for _ in range(1 + WINDOWS)][1:]
+    bench.scheduler, bench.engine = whole
+    rate = SATURATED // length * length / statistics.median(seconds)
+    return {"token_budget": budget, "length": length, "tokens_per_s": rate}
+
+
 def decode_trace(bench: Bench, context: int, batch: int, steps: int = 30) -> Json:
     """Steps of steady decode, as the profiler saw them."""
     bench.seat(context, batch, steps + 24)
@@ -210,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="engine", help="of the result")
     parser.add_argument("--token-budget", type=int, default=8192)
-    parser.add_argument("--only", default="decode,sampling,prefill,trace", help="sections, with commas")
+    parser.add_argument("--only", default="decode,sampling,prefill,budget,trace", help="sections, with commas")
     args = parser.parse_args()
     imported = since_start()
     bench = Bench(args.token_budget)
@@ -229,6 +241,7 @@ def main() -> None:
         "decode": [partial(decode_row, bench, context, batch, read) for context, batch in DECODE],
         "sampling": [partial(decode_row, bench, 512, 64, read, sampling) for sampling in SAMPLINGS],
         "prefill": [partial(prefill_row, bench, length, tflops) for length in PREFILL],
+        "budget": [partial(budget_row, bench, budget) for budget in (256, 512, 1024, 2048, 4096, 8192)],
         "trace": [
             *(partial(decode_trace, bench, 512, batch) for batch in (1, 64, 256)),
             partial(prefill_trace, bench, 2048, 4),

@@ -187,14 +187,13 @@ def small_model() -> tuple[str, str]:
 def settings(model: str, load: str, device: str, **engine: Any) -> Json:
     """Of the cluster, as `diptych up --config` takes them."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    sizes = {"page_size": 64, "token_budget": 8192, "max_sequences": 128}
     return {
         "name": "gpu-e2e",
         "model": model,
         "port": 0,
         "operator_port": 0,
         "gpu_share": min(1.0, max(1, len(gpus("name"))) / 2),  # the first worker leaves room for a second one
-        "engine": sizes | {"device": device, "dtype": dtype, "load": load} | engine,
+        "engine": {"page_size": 64, "device": device, "dtype": dtype, "load": load} | engine,
     }
 
 

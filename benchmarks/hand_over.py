@@ -170,7 +170,7 @@ def show(result: Json) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[8192, 2048], help="prompt tokens of one step")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 8192], help="prompt tokens of one step")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="hand_over", help="of the result's file")
     parser.add_argument("--cpu", action="store_true", help=argparse.SUPPRESS)

@@ -90,7 +90,7 @@ class EngineAlone:
 
     def __init__(self, path: Path, dtype: str) -> None:
         loaded = load_model(path, dtype, "cpu")
-        config = EngineConfig(page_size=PAGE_SIZE, num_pages=64, dtype=dtype)
+        config = EngineConfig(page_size=PAGE_SIZE, num_pages=64, dtype=dtype).sized_for("cpu")
         m = loaded.config
         cache = torch.zeros(
             config.num_pages, m.layers, 2, m.kv_heads, PAGE_SIZE, m.head_dim, dtype=loaded.model.cache_dtype

@@ -72,6 +72,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.over_quota: set[Quota | None] = set()  # of those that wait for nothing but their tenant's room
         self._filling = Filling()
+        self.tail_tokens = 0  # of a prompt, that are computed in a step of their own where that delays nobody; 0: none
         self.preemptions = 0  # so far
 
     def add(self, sequence: Sequence) -> None:
@@ -134,15 +135,23 @@ class Scheduler:
         pending = [(sequence, sequence.pending) for sequence in self.running]
         chunks = [Chunk(s, s.computed, s.computed + 1, True) for s, count in pending if count == 1]
         budget = self.config.token_budget - len(chunks)
+        # Where nothing is left over for later, all prompts end with the next step whether it is empty or has tails.
+        tail = 0 if self.waiting or sum(count for _, count in pending if count > 1) > budget else self.tail_tokens
         for sequence, count in pending:
             if count > 1 and budget > 0:
-                start = sequence.computed
-                end = start + min(count, budget)
-                if start < sequence.scored < end:  # from there on log-probabilities are wanted once more
-                    end = sequence.scored
-                chunks.append(Chunk(sequence, start, end, is_last=end == start + count))
-                budget -= end - start
+                chunks.append(self._chunk(sequence, count, budget, tail))
+                budget -= chunks[-1].count
         return self._with_pages(chunks)
+
+    def _chunk(self, sequence: Sequence, count: int, budget: int, tail: int) -> Chunk:
+        """A prompt's next part, of `count` tokens that are still to be computed."""
+        start = sequence.computed
+        end = start + min(count, budget)
+        if 0 < 2 * tail <= count:
+            end = (start + count - tail) // self.config.page_size * self.config.page_size
+        if start < sequence.scored < end:  # from there on log-probabilities are wanted once more
+            end = sequence.scored
+        return Chunk(sequence, start, end, is_last=end == start + count)
 
     def seat(self) -> None:
         """Move waiting sequences into the batch, in order, while there is room for all that they are expected to need.

@@ -4,6 +4,10 @@ from engine.engine import Engine
 from prefill_worker.role import PrefillRole
 from worker.host import WorkerHost
 
+# A GPU computes so many as fast as more at once, and meanwhile the pages before them leave: only the pages of the tail
+# are still to be moved when the first token is there. On a CPU moving costs next to nothing beside computing.
+TAIL_TOKENS = 512
+
 
 class PrefillWorker(WorkerHost):
     """Computes prompts; `await PrefillWorker.start(config)` returns once it is registered."""
@@ -11,4 +15,6 @@ class PrefillWorker(WorkerHost):
     pool_name = "prefill"
 
     def make_role(self, engine: Engine) -> PrefillRole:
+        if self._loaded.model.device.type == "cuda":
+            engine.scheduler.tail_tokens = TAIL_TOKENS
         return PrefillRole(engine, self.make_puller())

@@ -55,6 +55,29 @@ def test_prompts_are_cut_to_the_budget_in_order_of_arrival():
     assert step(scheduler) == [("a", 1), ("b", 1)]
 
 
+def test_a_prompts_tail_has_a_step_of_its_own_where_that_delays_nobody():
+    """So the pages before it are sealed, and can leave, while it is computed."""
+    scheduler = make(num_pages=64, token_budget=32)
+    scheduler.tail_tokens = 8
+    scheduler.add(sequence("a", range(23), answer_len=5))
+    assert step(scheduler) == [("a", 12)]  # whole pages, and 8 tokens are left at least
+    assert scheduler.running[0].sealed == 3
+    assert step(scheduler) == [("a", 11)]
+    scheduler.add(sequence("short", range(100, 115), answer_len=5))  # no two tails
+    assert step(scheduler) == [("a", 1), ("short", 15)]
+
+
+def test_a_prompt_that_others_wait_behind_has_no_tail():
+    scheduler = make(num_pages=64, token_budget=32)
+    scheduler.tail_tokens = 8
+    for name, first, count in (("a", 100, 20), ("b", 200, 20)):
+        scheduler.add(sequence(name, range(first, first + count), answer_len=5))
+    assert step(scheduler) == [("a", 20), ("b", 12)]
+    scheduler.add(sequence("c", range(300, 320), answer_len=5))
+    assert step(scheduler) == [("a", 1), ("b", 8), ("c", 12)]
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 8)]
+
+
 def test_decode_rows_come_before_prompt_chunks():
     scheduler = make()
     scheduler.add(sequence("a", range(3), answer_len=5))
@@ -176,3 +199,14 @@ def test_a_sequence_ends_at_an_end_id_or_at_its_length():
 def test_the_budget_must_hold_every_row():
     with pytest.raises(ValueError, match="token_budget"):
         EngineConfig(token_budget=4, max_sequences=5)
+
+
+def test_sizes_that_are_not_given_suit_the_device():
+    def sizes(device, **given):
+        config = EngineConfig(**given).sized_for(device)
+        return config.token_budget, config.max_sequences
+
+    assert (sizes("cpu"), sizes("cuda")) == ((512, 64), (2048, 256))
+    assert sizes("cuda", token_budget=100) == (100, 100)
+    assert sizes("cuda", max_sequences=4000) == (4000, 4000)
+    assert sizes("cuda", token_budget=8192, max_sequences=128) == (8192, 128)

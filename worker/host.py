@@ -7,6 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import grpc.aio
@@ -57,7 +58,7 @@ class WorkerHost(ABC):
 
     def __init__(self, config: WorkerConfig, loaded: LoadedModel) -> None:
         """Everything but the network. Takes the time of allocating the pool."""
-        self.config = config
+        self.config = config = replace(config, engine=config.engine.sized_for(loaded.model.device.type))
         self.worker_id = config.worker_id
         self.incarnation = secrets.randbits(63)
         self.address = ""
