@@ -137,8 +137,7 @@ def _steady(streams: list[Streamed], samples: list[tuple[float, float, float, fl
     arrived = np.array([t for s in streams for t in s.times])
     tokens = int(((arrived > first) & (arrived <= last)).sum())
     cpu_s = float(cpu[inside][-1] - cpu[inside][0])
-    between = [[t for t in s.times if begin <= t <= end] for s in streams]
-    tpot = statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in between)
+    tpot = statistics.median((s.times[-1] - s.times[0]) / (len(s.times) - 1) for s in streams)
     return {
         "seconds": float(last - first),
         "tokens_per_s": tokens / float(last - first),

@@ -44,7 +44,7 @@ class Sizes:
     repeats: int = 5
     answer_timed: int = 48
     streams: int = 128
-    answer_streams: int = 384
+    answer_streams: int = 768
     prompt_streams: int = 256
     clients: int = 4  # processes
 

@@ -13,6 +13,10 @@ from protos import errors
 
 # The driver packs smaller allocations into shared blocks of this size, and shares whole blocks with other processes.
 _BLOCK = 2 << 20
+# A batch of copies begins when all of it has been submitted, which takes 1 to 2 us for each. So the first is small, and
+# the next ones, each larger, are submitted while the one before it is copied.
+_FIRST_BATCH = 4
+_BATCH_GROWTH = 4
 STAGE = "segment"
 
 
@@ -150,7 +154,7 @@ class CopyStream:
         self._attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
 
     def copy(self, sources: list[int], targets: list[int], size: int, after: Event | None = None) -> None:
-        """Copy `size` bytes from each address to the one beside it, in one call, and wait until all have arrived.
+        """Copy `size` bytes from each address to the one beside it, and wait until all have arrived.
 
         The copies begin when `after` has happened. Raises `CudaError` where the device fails.
         """
@@ -158,14 +162,19 @@ class CopyStream:
         if after is not None:
             _call("cudaStreamWaitEvent", self._stream, after.cuda_event, 0)
         try:
-            if sources:
-                # Not a loop of copies: between two GPUs that reaches 15% to 80% of a contiguous copy's rate, this 99%.
-                count = len(sources)
-                sizes, attributes, first = [size] * count, [self._attributes], [0]
-                _call("cudaMemcpyBatchAsync", targets, sources, sizes, count, attributes, first, 1, self._stream)
+            at, count = 0, _FIRST_BATCH
+            while at < len(sources):
+                self._submit(sources[at : at + count], targets[at : at + count], size)
+                at, count = at + count, count * _BATCH_GROWTH
         finally:  # whatever was begun must have ended: the caller may use the targets otherwise when this raises
             _call("cudaEventRecord", self._done, self._stream)
             _call("cudaEventSynchronize", self._done)
+
+    def _submit(self, sources: list[int], targets: list[int], size: int) -> None:
+        # Not a loop of copies: between two GPUs that reaches 15% to 80% of a contiguous copy's rate.
+        count = len(sources)
+        sizes, attributes, first = [size] * count, [self._attributes], [0]
+        _call("cudaMemcpyBatchAsync", targets, sources, sizes, count, attributes, first, 1, self._stream)
 
     def close(self) -> None:
         """May be called again."""

@@ -13,7 +13,7 @@ from protos import errors
 
 
 class CopyEngineReader(PageReader):
-    """Copies out of an owner's memory that is mapped here. A pull is one batch of whole pages.
+    """Copies out of an owner's memory that is mapped here. A pull is a few batches of whole pages.
 
     It runs at the rate of one contiguous copy and takes no multiprocessor from the steps that run meanwhile.
     """
@@ -44,7 +44,7 @@ class CopyEngineReader(PageReader):
             raise errors.StalePage(f"the owner's pool has no page {max(pages)}", stage=STAGE)
         sources, targets = self._sources(pages), self._local.addresses(into, self._device)
         # Returns only when nothing writes into the local pages any more, as the caller may free them if this fails.
-        # So a batch that has begun is waited for, however long it takes: it cannot be called back.
+        # So copies that have begun are waited for, however long it takes: they cannot be called back.
         self._stream.copy(sources, targets, self._segment.format.page_bytes, after)
         found: list[int] = self._owner.generations[pages].tolist()
         self._check_owner()
