@@ -13,7 +13,7 @@ from engine.resident_batch import ResidentBatch
 from engine.resident_sampling import Kind, ResidentSampling
 from kernels.attention import DecodePlan
 from kernels.resident_rows import advance_rows, row_places
-from kernels.sample import sample
+from kernels.sample import histogram_copies, sample
 
 
 class DecodeGraphs:
@@ -45,9 +45,12 @@ class DecodeGraphs:
     def warm_ups(self) -> list[Callable[[], None]]:
         """Calls, in any order and side by side, that compile and load the kernels of every step, and what samples."""
         m = self._model
-        logits = torch.zeros(self._sizes[-1], m.config.vocab, dtype=m.cache_dtype, device=m.device)
         steps: list[Callable[[], None]] = [partial(self._forward, size) for size in self._sizes]
-        return steps + [partial(self._end, logits, kind) for kind in Kind]
+        smallest = {histogram_copies(size, m.config.vocab): size for size in self._sizes}  # of those with like kernels
+        for size in smallest.values():
+            logits = torch.zeros(size, m.config.vocab, dtype=m.cache_dtype, device=m.device)
+            steps += [partial(self._end, logits, kind) for kind in Kind]
+        return steps
 
     def record(self) -> None:
         """Make the graphs of the model's part; what follows it is recorded when it is first wanted."""

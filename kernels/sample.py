@@ -135,6 +135,11 @@ def sample_triton(logits: Tensor, rows: SamplingRows, *, greedy: bool = False) -
     return ids
 
 
+def histogram_copies(rows: int, vocab: int) -> int:
+    """In how many parts each row's histogram is counted; the kernels are compiled for each number."""
+    return max(1, min(scale.COPIES, -(-vocab // scale.CHUNK), 32 // max(rows, 1)))
+
+
 class _Room:
     """What the kernels leave for each other."""
 
@@ -149,7 +154,7 @@ class _Room:
         self.peaks = empty(torch.float32, chunks)  # the largest logit of each chunk
         self.tops = empty(torch.int32, chunks)  # its token
         self.sums = empty(torch.float32, chunks)  # about its mass, its largest logit counting 1
-        self.histogram = empty(torch.int64, max(1, min(scale.COPIES, chunks, 32 // max(rows, 1))), scale.BINS)
+        self.histogram = empty(torch.int64, histogram_copies(rows, vocab), scale.BINS)
         self.rest = empty(torch.int64)  # the mass that is not in the histogram
         self.state = empty(torch.int64, scale.STATE)
         self.masses = empty(torch.int64, chunks)  # the weight of what is kept of each chunk
