@@ -1,4 +1,4 @@
-"""Where a page stands in its prompt."""
+"""What a page is."""
 
 from dataclasses import dataclass
 
@@ -12,3 +12,4 @@ class Lineage:
     key: PageKey
     family: PageKey  # key of its prompt's first page
     parent: PageKey | None  # key of the page before it; None for the first
+    checksum: int = 0  # of its bytes, where whoever computed them makes checksums

@@ -23,7 +23,13 @@ class SealedPage:
             key=self.lineage.key,
             family=self.lineage.family,
             parent=self.lineage.parent or b"",
-            ref=worker_pb2.PageRef(page=self.page, generation=self.generation),
+            ref=self.to_ref(),
+        )
+
+    def to_ref(self, index: int = 0) -> worker_pb2.PageRef:
+        """Where it is, as page `index` of a run."""
+        return worker_pb2.PageRef(
+            index=index, page=self.page, generation=self.generation, checksum=self.lineage.checksum
         )
 
     @classmethod
@@ -32,5 +38,5 @@ class SealedPage:
         if {len(message.key), len(message.family), len(message.parent) or KEY_BYTES} != {KEY_BYTES}:
             raise ValueError(f"a sealed page's keys must have {KEY_BYTES} bytes each")
         parent = PageKey(message.parent) if message.parent else None
-        lineage = Lineage(PageKey(message.key), PageKey(message.family), parent)
+        lineage = Lineage(PageKey(message.key), PageKey(message.family), parent, message.ref.checksum)
         return cls(lineage, PageId(message.ref.page), message.ref.generation)

@@ -9,7 +9,7 @@ import grpc.aio
 
 from kvstore.keys import PageKey
 from kvstore.locate_request import keys_of
-from kvstore.page_state import PageId
+from kvstore.sealed_page import SealedPage
 from protos.errors import DiptychError, Overloaded
 from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
@@ -18,7 +18,7 @@ _LOCATE_S = 2.0  # for pages to come from the disk
 _SHARE = 0.8  # of the caller's own time, so that the answer arrives within it
 _THREADS = 4
 _MOST_WAITING = 64
-Locate = Callable[[Sequence[PageKey], float], list[tuple[PageId, int]]]
+Locate = Callable[[Sequence[PageKey], float], list[SealedPage]]
 
 
 class HolderService(worker_pb2_grpc.PageHolderServicer):
@@ -39,14 +39,13 @@ class HolderService(worker_pb2_grpc.PageHolderServicer):
             found = await self._find(keys_of(request), timeout_s)
         except DiptychError as error:
             await status.abort(context, error)
-        refs = [worker_pb2.PageRef(index=i, page=page, generation=gen) for i, (page, gen) in enumerate(found)]
-        return worker_pb2.LocateResponse(pages=refs)
+        return worker_pb2.LocateResponse(pages=[page.to_ref(index) for index, page in enumerate(found)])
 
     async def aclose(self) -> None:
         """End the threads."""
         await asyncio.to_thread(self._threads.shutdown)
 
-    async def _find(self, keys: Sequence[PageKey], timeout_s: float) -> list[tuple[PageId, int]]:
+    async def _find(self, keys: Sequence[PageKey], timeout_s: float) -> list[SealedPage]:
         if self._waiting >= _MOST_WAITING:
             raise Overloaded(f"{self._waiting} callers wait for pages already", stage="locate")
         self._waiting += 1

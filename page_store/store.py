@@ -11,8 +11,8 @@ import grpc.aio
 
 from kvstore.directory import STORE_POOL, WorkerRecord
 from kvstore.keys import PageKey
-from kvstore.page_state import PageId
 from kvstore.redis_directory import RedisDirectoryReader, RedisDirectoryWriter
+from kvstore.sealed_page import SealedPage
 from page_store.config import PageStoreConfig
 from page_store.follower import Follower
 from page_store.operator_service import StoreService
@@ -108,7 +108,7 @@ class PageStore:
         self.address = self._server.address
         self._task = asyncio.create_task(self._watch(), name="workers of this node")
 
-    def _locate(self, keys: Sequence[PageKey], timeout_s: float) -> list[tuple[PageId, int]]:
+    def _locate(self, keys: Sequence[PageKey], timeout_s: float) -> list[SealedPage]:
         """In a thread of its own."""
         shelf = self._shelf
         return [] if shelf is None else shelf.tiers.locate(keys, timeout_s)

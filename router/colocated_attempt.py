@@ -11,7 +11,7 @@ class ColocatedAttempt(Attempt):
     def start(self, deadline: float) -> None:
         """Ask for the whole answer. Raises `WorkerLost`."""
         worker = self._pair.prefill
-        self._listen(worker, self._pair.compute_tokens, self._pair.job.total_pages, self._pair.keys)
+        self._listen(worker, self._pair.compute_tokens, self._pair.job.likely_pages, self._pair.keys)
         worker.send(worker_pb2.RouterMessage(prefill=self._prefill(deadline)))
         self._sent_ms = self._elapsed_ms()
 

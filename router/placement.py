@@ -47,9 +47,14 @@ class Job:
         return (self.prompt_tokens - 1) // self.page_size
 
     @property
-    def total_pages(self) -> int:
-        """Pages that hold prompt and answer; the answer's last token is never written to one."""
-        return -(-(self.prompt_tokens + self.max_tokens - 1) // self.page_size)
+    def likely_pages(self) -> int:
+        """Pages that hold prompt and a typical answer; its last token is never written to one."""
+        return -(-(self.prompt_tokens + self.likely_tokens - 1) // self.page_size)
+
+    @property
+    def likely_tokens(self) -> int:
+        """Of the answer: workers too make room for what answers usually need, not for all that one may have."""
+        return min(self.max_tokens, TYPICAL_ANSWER)
 
 
 @dataclass(frozen=True)
@@ -238,12 +243,12 @@ def decode_ms(worker: Candidate, job: Job) -> float:
     step = worker.step_ms or FIRST_STEP_MS
     batch = worker.running + worker.waiting
     slowed = step * (STEP_BASE_SEQUENCES + batch + 1) / (STEP_BASE_SEQUENCES + worker.running)
-    return _room_ms(worker, job, step) + min(job.max_tokens, TYPICAL_ANSWER) * slowed
+    return _room_ms(worker, job, step) + job.likely_tokens * slowed
 
 
 def _room_ms(worker: Candidate, job: Job, step: float) -> float:
     """Time until enough pages are free: held pages are taken to turn over once in a typical answer's time."""
-    wanted = (worker.waiting + 1) * job.total_pages  # those that wait are taken to be like this one
+    wanted = (worker.waiting + 1) * job.likely_pages  # those that wait are taken to be like this one
     short = max(0, wanted - worker.available_pages)
     return TYPICAL_ANSWER * step * short / max(1, worker.held_pages)
 

@@ -12,7 +12,7 @@ class SplitAttempt(Attempt):
         """Ask decode for room and prefill for the first token, both at once. Raises `WorkerLost`."""
         pair, job = self._pair, self._pair.job
         description = pair.prefill.description
-        self._listen(pair.decode, 0, job.total_pages)
+        self._listen(pair.decode, 0, job.likely_pages)
         self._listen(pair.prefill, pair.compute_tokens, job.prompt_pages, pair.keys)
         assert description is not None  # listening says that it is live
         decode = worker_pb2.Decode(source=description.source)

@@ -57,7 +57,7 @@ def test_a_changed_byte_anywhere_is_found(files, tmp_path, place):
     files.write(SECOND, page(1), 5)
     path = path_of(tmp_path, KEYS[1])
     data = bytearray(path.read_bytes())
-    at = {"magic": 0, "format": 20, "key": 36, "parent": 68, "first byte": 84, "last byte": -33, "checksum": -1}[place]
+    at = {"magic": 0, "format": 20, "key": 36, "parent": 68, "first byte": 92, "last byte": -33, "checksum": -1}[place]
     data[at] ^= 0x10
     path.write_bytes(data)
     with pytest.raises(CorruptFile):

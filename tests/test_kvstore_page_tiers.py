@@ -19,7 +19,7 @@ DISK = 1 << 20
 
 def prompt(name: int, pages: int) -> list[Lineage]:
     keys = [PageKey(bytes([name, number]) * 8) for number in range(pages)]
-    return [Lineage(key, keys[0], keys[i - 1] if i else None) for i, key in enumerate(keys)]
+    return [Lineage(key, keys[0], keys[i - 1] if i else None, 2**63 + seed_of(key)) for i, key in enumerate(keys)]
 
 
 def seed_of(key: PageKey) -> int:
@@ -45,11 +45,12 @@ class Tiers(PageTiers):
 
     def found(self, lineages: list[Lineage], timeout_s: float = PATIENCE_S) -> int:
         """How many of these pages are located; each has its own bytes."""
-        refs = self.locate([lineage.key for lineage in lineages], timeout_s)
-        for lineage, (page, generation) in zip(lineages, refs, strict=False):
-            assert self.segment.generations[page] == generation
-            assert (self.segment.pages[page] == random_page(seed_of(lineage.key), SMALL)).all()
-        return len(refs)
+        pages = self.locate([lineage.key for lineage in lineages], timeout_s)
+        for lineage, found in zip(lineages, pages, strict=False):
+            assert found.lineage == lineage
+            assert self.segment.generations[found.page] == found.generation
+            assert (self.segment.pages[found.page] == random_page(seed_of(lineage.key), SMALL)).all()
+        return len(pages)
 
     def close(self) -> None:
         """May be called again."""

@@ -1,6 +1,7 @@
 """Which page is in which tier: children leave before their parents, and what is told is what is so."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -53,7 +54,7 @@ class Store:
         run = self.ledger.begin_run([lineage.key for lineage in lineages])
         while room := self.ledger.room_for(run, 2):
             for index in room:
-                self.ledger.promoted(run, index)
+                self.ledger.promoted(run, index, run.lineages[index])
         return len(self.ledger.end_run(run))
 
     def held(self) -> int:
@@ -239,7 +240,7 @@ def test_two_who_bring_the_same_page_from_the_disk_at_once():
         assert len(store.ledger.room_for(run, 9)) == 2
     for run in runs:
         for index in (0, 1):
-            store.ledger.promoted(run, index)
+            store.ledger.promoted(run, index, one[index])
     assert store.ledger.end_run(runs[0]) == store.ledger.end_run(runs[1])
     assert store.ledger.counters().promoted == 2
     assert store.held() == 0
@@ -252,7 +253,27 @@ def test_a_run_ends_where_a_page_could_not_be_brought():
         store.ledger.on_disk(lineage)
     run = store.ledger.begin_run(keys(one))
     assert list(store.ledger.room_for(run, 9)) == [0, 1, 2]
-    store.ledger.promoted(run, 0)
-    store.ledger.promoted(run, 2)
+    store.ledger.promoted(run, 0, one[0])
+    store.ledger.promoted(run, 2, one[2])
     assert len(store.ledger.end_run(run)) == 1
     assert store.held() == 0
+
+
+def test_a_checksum_is_that_of_the_bytes_in_the_host():
+    """Two workers may compute a page to other last bits: here one wrote it to the disk, the other brings it anew."""
+    [one], store = prompt(1, 1), Store(1, disk=4)
+    brought, written = replace(one, checksum=11), replace(one, checksum=22)
+    store.bring(brought)
+    store.ledger.on_disk(written)  # found by a scan
+
+    def located() -> list[Lineage]:
+        run = store.ledger.begin_run([one.key])
+        for index in store.ledger.room_for(run, 1):
+            store.ledger.promoted(run, index, written)
+        return [page.lineage for page in store.ledger.end_run(run)]
+
+    assert located() == [brought]
+    store.quiet()
+    store.bring(*prompt(2, 1))
+    store.quiet()
+    assert located() == [written]

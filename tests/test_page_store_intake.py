@@ -46,8 +46,8 @@ def sealed(owner: Owner, count: int) -> list[SealedPage]:
 def right_pages(tiers: PageTiers) -> int:
     """How long a prefix is there; each page has its own bytes."""
     found = tiers.locate(KEYS, 0)
-    for seed, (page, _) in enumerate(found):
-        assert (tiers.segment.pages[page] == random_page(seed, SMALL)).all()
+    for seed, one in enumerate(found):
+        assert (tiers.segment.pages[one.page] == random_page(seed, SMALL)).all()
     return len(found)
 
 

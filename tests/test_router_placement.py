@@ -138,9 +138,10 @@ def test_decode_without_room_costs_the_wait_for_it():
 
 
 def test_pages_of_a_job():
-    assert (JOB.prompt_pages, JOB.total_pages) == (16, 17)
-    assert replace(JOB, prompt_tokens=64, max_tokens=1).total_pages == 1  # the last token is written nowhere
-    assert replace(JOB, prompt_tokens=64, max_tokens=2).total_pages == 2
+    assert (JOB.prompt_pages, JOB.likely_pages) == (16, 17)
+    assert replace(JOB, prompt_tokens=64, max_tokens=1).likely_pages == 1  # the last token is written nowhere
+    assert replace(JOB, prompt_tokens=64, max_tokens=2).likely_pages == 2
+    assert replace(JOB, max_tokens=8000).likely_pages == replace(JOB, max_tokens=TYPICAL_ANSWER).likely_pages
 
 
 def named(name, **changes):

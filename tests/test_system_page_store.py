@@ -7,6 +7,7 @@ import time
 import grpc.aio
 import pytest
 import pytest_asyncio
+import torch
 
 from engine.config import EngineConfig
 from kvstore.keys import PageKey, pack_keys, page_keys
@@ -18,6 +19,7 @@ from protos.v1 import page_store_pb2, page_store_pb2_grpc, worker_pb2, worker_pb
 from router.served_model import ServedModel
 from stack import Service, Stack
 from tiny_model import make_tiny_model
+from worker.page_checksums import PageChecksums
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 ENGINE = EngineConfig(page_size=16, num_pages=200, token_budget=64, max_sequences=8, dtype="float32")
@@ -29,7 +31,7 @@ PATIENCE_S = 30.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stack(tmp_path_factory):
-    async with Stack(make_tiny_model(tmp_path_factory.mktemp("model")), 1, 1, ENGINE) as stack:
+    async with Stack(make_tiny_model(tmp_path_factory.mktemp("model")), 1, 1, ENGINE, verify="checksum") as stack:
         stack.disk_dir = tmp_path_factory.mktemp("disk")
         stack.store = await start_store(stack)
         try:
@@ -70,7 +72,7 @@ async def keys_of(stack: Stack) -> list[PageKey]:
 
 
 async def pull(address: str, source: worker_pb2.PageSource, keys: list[PageKey], transport: str) -> list[bytes]:
-    """The leading run of these pages that the holder at this address has."""
+    """The leading run of these pages that the holder at this address has; each is as its checksum says."""
     async with grpc.aio.insecure_channel(address) as channel:
         request = worker_pb2.LocateRequest(page_keys=pack_keys(keys))
         refs = (await worker_pb2_grpc.PageHolderStub(channel).Locate(request, timeout=10)).pages
@@ -78,6 +80,8 @@ async def pull(address: str, source: worker_pb2.PageSource, keys: list[PageKey],
     reader = registry.connect(source, local, [transport])
     try:
         reader.pull([(ref.page, ref.generation) for ref in refs], list(range(len(refs))), 10)
+        checksums = PageChecksums(torch.as_tensor(local.pages)).of(range(len(refs)))
+        assert [ref.checksum for ref in refs] == checksums
         return [local.pages[index].tobytes() for index in range(len(refs))]
     finally:
         reader.close()

@@ -141,7 +141,7 @@ class WorkerHost(ABC):
 
     async def _serve(self) -> None:
         self._loop.start()
-        service = WorkerService(self._loop, self._followers, self.describe, self.start_draining)
+        service = WorkerService(self._loop, self._followers, self.describe, self.start_draining, self._checksums)
 
         def register(server: grpc.aio.Server) -> None:
             worker_pb2_grpc.add_WorkerServicer_to_server(service, server)

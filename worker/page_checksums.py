@@ -28,6 +28,11 @@ class PageChecksums:
             sums: list[int] = page_checksum(self._cache, torch.tensor(pages, device=self._cache.device)).tolist()
         return [value % 2**64 or 1 for value in sums]
 
+    def name(self, refs: Sequence[worker_pb2.PageRef]) -> None:
+        """Put into each reference its page's checksum. One that was freed has any, and its pull fails the fence."""
+        for ref, found in zip(refs, self.of([ref.page for ref in refs]), strict=True):
+            ref.checksum = found
+
     def compare(self, refs: Sequence[worker_pb2.PageRef], copies: Sequence[int]) -> None:
         """Raise `CorruptPage` where a copy is not what its owner has named. Owners that make no checksum name 0."""
         for ref, found in zip(refs, self.of(copies), strict=True):

@@ -15,6 +15,7 @@ from worker.followers import Followers
 from worker.loan import Loan, check_pages
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
+from worker.page_checksums import PageChecksums
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -26,11 +27,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         followers: Followers,
         describe: Callable[[], worker_pb2.WorkerDescription],
         drain: Callable[[], None],
+        checksums: PageChecksums | None = None,
     ) -> None:
+        """With `checksums`, followers hear each page's."""
         self._loop = loop
         self._followers = followers
         self._describe = describe
         self._drain = drain
+        self._checksums = checksums
 
     async def Connect(
         self, messages: AsyncIterator[worker_pb2.RouterMessage], context: grpc.aio.ServicerContext[Any, Any]
@@ -71,6 +75,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except DiptychError as error:
             await status.abort(context, error)
         while (pages := await buffer.take()) is not None:
+            if self._checksums is not None:
+                await asyncio.to_thread(self._checksums.name, [page.ref for page in pages.pages])
             yield pages
 
     async def Drain(

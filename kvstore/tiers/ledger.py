@@ -11,6 +11,7 @@ from kvstore.lineage import Lineage
 from kvstore.page_state import PageId
 from kvstore.pool import Generations, OutOfPages, PagePool
 from kvstore.reuse_rate import ReuseRate
+from kvstore.sealed_page import SealedPage
 from kvstore.tiers.counters import TierCounters
 from kvstore.tiers.demotion import Demotion
 from kvstore.tiers.disk_index import DiskIndex
@@ -136,7 +137,8 @@ class Ledger:
         with self._lock:
             if lineage.key not in self._disk:
                 self._disk.add(lineage.key)
-                self._know(lineage)
+                if lineage.key not in self._lineages:  # else what is known is of the bytes in the host
+                    self._know(lineage)
 
     def off_disk(self, key: PageKey) -> bool:
         """What was on the disk proves to be unusable. False: it has left in the meantime anyway."""
@@ -169,10 +171,10 @@ class Ledger:
             run.room = dict(zip(missing, self._room(len(missing)), strict=False))
             return dict(run.room)
 
-    def promoted(self, run: Run, index: int) -> None:
-        """The page in this place of the run was filled from the disk."""
+    def promoted(self, run: Run, index: int, lineage: Lineage) -> None:
+        """The page in this place of the run was filled from the disk, where it has this lineage."""
         with self._lock:
-            page, lineage = run.room.pop(index), run.lineages[index]
+            page = run.room.pop(index)
             if self._seal(page, lineage):
                 self._counters.promoted += 1
             else:  # another run was first
@@ -181,14 +183,17 @@ class Ledger:
                 self._pool.acquire([page])
             run.pages[index] = page
 
-    def end_run(self, run: Run) -> list[tuple[PageId, int]]:
-        """Page and generation for the leading run that is in the host. It is read no more, and counts as used."""
+    def end_run(self, run: Run) -> list[SealedPage]:
+        """The leading run that is in the host. It is read no more, and counts as used."""
         with self._lock:
             for page in run.room.values():
                 self._pool.abandon(page)
             leading = run.pages.index(None) if None in run.pages else len(run.pages)
             there = [page for page in run.pages if page is not None]
-            found = [(page, self._pool.generation(page)) for page in there[:leading]]
+            found = [
+                SealedPage(self._lineages[lineage.key], page, self._pool.generation(page))
+                for lineage, page in zip(run.lineages, there[:leading], strict=False)
+            ]
             self._counters.hits += len(found)
             self._pool.release(reversed(there))
             self._expect([lineage.key for lineage in run.lineages[: len(found)]])
@@ -249,8 +254,9 @@ class Ledger:
                 self._due.move_to_end(key)
 
     def _know(self, lineage: Lineage) -> None:
-        if lineage.key not in self._lineages:
-            self._lineages[lineage.key] = lineage
+        is_new = lineage.key not in self._lineages
+        self._lineages[lineage.key] = lineage
+        if is_new:
             self._on_arrive(lineage)
 
     def _left_host(self, key: PageKey) -> None:

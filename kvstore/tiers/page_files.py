@@ -1,8 +1,10 @@
 """Pages on a disk: one checked file each.
 
-    header (magic, version, bytes of the page, digest of the format, key, family, parent) | page | BLAKE2b-256 of both
+    header | page | BLAKE2b-256 of both
 
-A file gets its name when it is complete, and is believed only as far as its checksum goes. So nothing is synced: what a
+The header is magic, version, bytes of the page, digest of the format, key, family, parent, and checksum or 0.
+
+A file gets its name when it is complete, and is believed only as far as its digest goes. So nothing is synced: what a
 crash tears is found out when it is read. Files are named by key, in 256 folders. Pages tell what was said: nobody else
 can look into the folder.
 """
@@ -22,9 +24,9 @@ from kvstore.lineage import Lineage
 from kvstore.page_format import PageFormat
 from protos import errors
 
-_HEADER = struct.Struct("<8sIQ16s16s16s16s")
+_HEADER = struct.Struct("<8sIQ16s16s16s16sQ")
 _MAGIC = b"diptychP"
-_VERSION = 1
+_VERSION = 2
 _DIGEST_BYTES = 32
 _NO_PARENT = bytes(KEY_BYTES)
 _SUFFIX, _UNFINISHED = ".page", ".part"
@@ -82,8 +84,11 @@ class PageFiles:
                 unfinished.unlink()
             raise
 
-    def read(self, key: PageKey, into: memoryview) -> None:
-        """Fill `into` with the page. `CorruptFile` where it is not whole; `into` then holds anything."""
+    def read(self, key: PageKey, into: memoryview) -> Lineage:
+        """Fill `into` with the page, and say what it is.
+
+        `CorruptFile` where it is not whole; `into` then holds anything.
+        """
         header, tail = bytearray(_HEADER.size), bytearray(_DIGEST_BYTES + 1)
         try:
             with open(self._path(key), "rb", buffering=0) as file:
@@ -94,8 +99,9 @@ class PageFiles:
             raise CorruptFile(f"the file of {key.hex()} has {sum(sizes)} bytes, not {self.file_bytes}")
         digest = blake2b(header, digest_size=_DIGEST_BYTES)
         digest.update(into)
-        if digest.digest() != tail[:_DIGEST_BYTES] or self._lineage(bytes(header)).key != key:
-            raise CorruptFile(f"the file of {key.hex()} does not match its checksum")
+        if digest.digest() != tail[:_DIGEST_BYTES] or (lineage := self._lineage(bytes(header))).key != key:
+            raise CorruptFile(f"the file of {key.hex()} does not match its digest")
+        return lineage
 
     def touch(self, key: PageKey, stamp_ns: int) -> None:
         """Note the time of a page's last use, for the scan after a restart."""
@@ -146,15 +152,16 @@ class PageFiles:
 
     def _header(self, lineage: Lineage) -> bytes:
         keys = (lineage.key, lineage.family, lineage.parent or _NO_PARENT)
-        return _HEADER.pack(_MAGIC, _VERSION, self._page_bytes, self._format, *keys)
+        return _HEADER.pack(_MAGIC, _VERSION, self._page_bytes, self._format, *keys, lineage.checksum)
 
     def _lineage(self, header: bytes) -> Lineage:
         if len(header) != _HEADER.size:
             raise CorruptFile("the header is cut short")
-        *what, key, family, parent = _HEADER.unpack(header)
+        *what, key, family, parent, checksum = _HEADER.unpack(header)
         if what != [_MAGIC, _VERSION, self._page_bytes, self._format]:
             raise CorruptFile("the header is of another format")
-        return Lineage(PageKey(key), PageKey(family), None if parent == _NO_PARENT else PageKey(parent))
+        before = None if parent == _NO_PARENT else PageKey(parent)
+        return Lineage(PageKey(key), PageKey(family), before, checksum)
 
 
 def _digest_of(page_format: PageFormat) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from kvstore.keys import PageKey
 from kvstore.lineage import Lineage
-from kvstore.page_state import PageId
+from kvstore.sealed_page import SealedPage
 from kvstore.segment import Segment
 from kvstore.tiers.demoter import Demoter
 from kvstore.tiers.ledger import Ledger
@@ -35,7 +35,7 @@ class PageTiers:
         """Look for what is on the disk from before, and keep the tiers going. Returns at once."""
         self._demoter.start()
 
-    def locate(self, keys: Sequence[PageKey], timeout_s: float) -> list[tuple[PageId, int]]:
+    def locate(self, keys: Sequence[PageKey], timeout_s: float) -> list[SealedPage]:
         """See `Promoter.locate`."""
         return self._promoter.locate(keys, timeout_s)
 

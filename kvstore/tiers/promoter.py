@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 from kvstore.keys import PageKey
+from kvstore.lineage import Lineage
 from kvstore.page_state import PageId
+from kvstore.sealed_page import SealedPage
 from kvstore.segment import Segment
 from kvstore.tiers.ledger import Ledger
 from kvstore.tiers.page_files import CorruptFile, PageFiles
@@ -27,8 +29,8 @@ class Promoter:
         self._files = files
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="promote")
 
-    def locate(self, keys: Sequence[PageKey], timeout_s: float) -> list[tuple[PageId, int]]:
-        """Page and generation of the leading run of `keys` that is in the host, or has come there within the time.
+    def locate(self, keys: Sequence[PageKey], timeout_s: float) -> list[SealedPage]:
+        """The leading run of `keys` that is in the host, or has come there within the time.
 
         Takes no lease: a page that leaves before it is pulled fails the fence.
         """
@@ -51,17 +53,17 @@ class Promoter:
         jobs = {i: self._threads.submit(self._read, run.lineages[i].key, page) for i, page in room.items()}
         wait(jobs.values(), max(0.0, end - time.monotonic()))
         wait([job for job in jobs.values() if not job.cancel()])
-        whole = [index for index, job in jobs.items() if not job.cancelled() and job.result()]
-        for index in whole:
-            self._ledger.promoted(run, index)
+        read = {index: job.result() for index, job in jobs.items() if not job.cancelled()}
+        whole = {index: lineage for index, lineage in read.items() if lineage is not None}
+        for index, lineage in whole.items():
+            self._ledger.promoted(run, index, lineage)
         return len(whole) == len(jobs)
 
-    def _read(self, key: PageKey, page: PageId) -> bool:
-        """Fill a page of the host. False where the disk does not have it whole; it is not kept there then."""
+    def _read(self, key: PageKey, page: PageId) -> Lineage | None:
+        """Fill a page of the host. None where the disk does not have it whole; it is not kept there then."""
         assert self._files is not None
         try:
-            self._files.read(key, self._segment.pages[page].data)
-            return True
+            return self._files.read(key, self._segment.pages[page].data)
         except CorruptFile as error:
             if self._ledger.off_disk(key):  # else it has left as others do
                 self._ledger.count(dropped_corrupt=1)
@@ -72,4 +74,4 @@ class Promoter:
             log.warning("a page cannot be read: %s", error)
         with suppress(OSError):  # it is not in the ledger any more, so it is never served
             self._files.remove(key)
-        return False
+        return None
