@@ -190,10 +190,10 @@ def test_where_time_is_short_what_has_come_by_then_is_located_and_nothing_stays_
     tiers.bring(*prompt(2, 8))
     read, begun = PageFiles.read, []
 
-    def slow(self, key, into) -> None:
+    def slow(self, key, into) -> Lineage:
         begun.append(key)
         time.sleep(0.3)
-        read(self, key, into)
+        return read(self, key, into)
 
     monkeypatch.setattr(PageFiles, "read", slow)
     assert tiers.found(prompt(1, 8), timeout_s=0.1) == len(begun) < 8  # the others were not waited for
