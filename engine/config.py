@@ -31,8 +31,8 @@ class EngineConfig:
     def sized_for(self, device: str) -> Self:
         """With all sizes but `num_pages`, which a GPU's free memory decides.
 
-        A GPU computes 2,048 tokens as fast as more at once (docs/performance.md), and so small a step holds up neither
-        decode rows nor the next prompt for long.
+        A GPU computes 2,048 tokens at nearly the rate of more at once (docs/performance.md), and so small a step holds
+        up neither decode rows nor the next prompt for long.
         """
         budget = self.token_budget or max(2048 if device == "cuda" else 512, self.max_sequences)
         sequences = self.max_sequences or min(256 if device == "cuda" else 64, budget)

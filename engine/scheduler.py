@@ -147,8 +147,9 @@ class Scheduler:
         """A prompt's next part, of `count` tokens that are still to be computed."""
         start = sequence.computed
         end = start + min(count, budget)
-        if 0 < 2 * tail <= count:
-            end = (start + count - tail) // self.config.page_size * self.config.page_size
+        whole = (start + count - tail) // self.config.page_size * self.config.page_size  # pages before the tail
+        if 0 < 2 * tail <= count and whole > start:
+            end = whole
         if start < sequence.scored < end:  # from there on log-probabilities are wanted once more
             end = sequence.scored
         return Chunk(sequence, start, end, is_last=end == start + count)

@@ -4,7 +4,7 @@ from engine.engine import Engine
 from prefill_worker.role import PrefillRole
 from worker.host import WorkerHost
 
-# A GPU computes so many as fast as more at once, and meanwhile the pages before them leave: only the pages of the tail
+# A GPU computes so many at nearly the rate of more at once, and meanwhile the pages before them leave: only the tail's
 # are still to be moved when the first token is there. On a CPU moving costs next to nothing beside computing.
 TAIL_TOKENS = 512
 

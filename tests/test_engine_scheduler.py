@@ -67,6 +67,13 @@ def test_a_prompts_tail_has_a_step_of_its_own_where_that_delays_nobody():
     assert step(scheduler) == [("a", 1), ("short", 15)]
 
 
+def test_a_page_that_is_larger_than_the_tail_is_not_cut():
+    scheduler = make(page_size=16, num_pages=64, token_budget=32)
+    scheduler.tail_tokens = 4
+    scheduler.add(sequence("a", range(10)))
+    assert step(scheduler) == [("a", 10)]
+
+
 def test_a_prompt_that_others_wait_behind_has_no_tail():
     scheduler = make(num_pages=64, token_budget=32)
     scheduler.tail_tokens = 8
