@@ -150,12 +150,13 @@ def test_slow_is_what_is_far_below_the_others_of_its_tier_and_transport():
 def test_slow_is_also_what_placement_does_not_count_on():
     [only] = flag_slow([Path("p1", "d1", POOL_TO_POOL, "tcp", 0.4, pull_mib=64.0)])
     assert only.slow == "placement counts on 1.0 GB/s by tcp"
+    [far] = flag_slow([Path("p1", "d3", POOL_TO_POOL, "nixl", 0.1, pull_mib=64.0)])
+    assert far.slow == "placement counts on 1.0 GB/s by nixl"
     [up] = flag_slow([Path("s1", "p1", HOST_UP, "shm", 1.0, pull_mib=64.0)])
     assert up.slow == "placement counts on 4.0 GB/s by shm"
     fine = [
         Path("p1", "d1", POOL_TO_POOL, "tcp", 0.6, pull_mib=64.0),
         Path("p1", "d2", POOL_TO_POOL, "shm", 0.1, pull_mib=1.0),  # this says nothing of a rate
-        Path("p1", "d3", POOL_TO_POOL, "nixl", 0.1, pull_mib=64.0),
         Path("p1", "s1", HOST_DOWN, "cuda_ipc", 25.0, pull_mib=64.0),  # over the host's link, not between GPUs
     ]
-    assert [path.slow for path in flag_slow(fine)] == [""] * 4
+    assert [path.slow for path in flag_slow(fine)] == [""] * 3
