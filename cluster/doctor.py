@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from cluster.config import POOLS
 from kvstore.directory import STORE_POOL
 from kvstore.page_format import PageFormat
 from protos.v1 import operator_pb2, page_store_pb2, page_store_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -19,7 +20,6 @@ _PULL_BYTES = 64 << 20
 _SLOW = 0.5  # of the median rate of the paths of the same tier and transport, and of the rate that placement counts on
 _TELLING_MIB = 16  # a smaller pull says more of latency than of a rate
 _ANSWERING = (operator_pb2.WORKER_STATE_READY, operator_pb2.WORKER_STATE_DRAINING)
-_WORKERS = ("prefill", "decode", "colocated")
 POOL_TO_POOL, HOST_UP, HOST_DOWN = "pool to pool", "host tier up", "host tier down"
 
 
@@ -69,9 +69,9 @@ def _is_path(source: End, reader: End) -> bool:
         case "decode":
             return source.pool == "prefill"
         case "prefill" | "colocated":
-            return source.pool in _WORKERS or (source.pool == STORE_POOL and near)
+            return source.pool in POOLS or (source.pool == STORE_POOL and near)
         case _:
-            return reader.pool == STORE_POOL and source.pool in _WORKERS and near
+            return reader.pool == STORE_POOL and source.pool in POOLS and near
 
 
 def measure(source: End, reader: End, most_bytes: int = _PULL_BYTES, timeout_s: float = _MEASURE_S) -> Path:

@@ -13,9 +13,7 @@ from page_store.shelf import Shelf
 from protos.errors import DiptychError, Overloaded
 from protos.v1 import page_store_pb2, page_store_pb2_grpc, worker_pb2
 from rpc import status
-from worker.loan import MOST_LENT, check_pages
-
-_LOAN_S = 120.0
+from worker.loan import LOAN_S, MOST_LENT, check_pages
 
 
 class StoreService(page_store_pb2_grpc.PageStoreServicer):
@@ -53,7 +51,7 @@ class StoreService(page_store_pb2_grpc.PageStoreServicer):
             await status.abort(context, error)
         refs = [worker_pb2.PageRef(index=i, page=page, generation=gen) for i, (page, gen) in enumerate(lent)]
         yield worker_pb2.LendResponse(source=shelf.record().source, pages=refs)
-        await asyncio.sleep(_LOAN_S)
+        await asyncio.sleep(LOAN_S)
 
     async def Measure(
         self, request: worker_pb2.MeasureRequest, context: grpc.aio.ServicerContext[Any, Any]

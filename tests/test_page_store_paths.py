@@ -119,7 +119,7 @@ async def test_all_that_is_lent_has_a_bound(stub, monkeypatch):
 
 
 async def test_a_loan_ends_when_its_caller_forgets_it(store, stub, monkeypatch):
-    monkeypatch.setattr("page_store.operator_service._LOAN_S", 0.05)
+    monkeypatch.setattr("page_store.operator_service.LOAN_S", 0.05)
     assert [len(loan.pages) async for loan in stub.Lend(worker_pb2.LendRequest(pages=2))] == [2]
     await until(lambda: store.spare == PAGES)
 

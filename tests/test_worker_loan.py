@@ -1,32 +1,37 @@
-"""Pages lent for a test of transports."""
+"""Pages that are lent for a test come back, also from a caller that forgets them."""
 
-import pytest
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
 
-from kvstore.page_state import PageState
-from kvstore.pool import OutOfPages, PagePool
-from worker.loan import Loan
-
-
-def test_lent_pages_are_nobodys_until_they_are_given_back():
-    pool = PagePool(8)
-    loan = Loan()
-    refs = loan.take(pool, 5)
-    assert [ref.index for ref in refs] == list(range(5))
-    assert [ref.page for ref in refs] == loan.pages
-    assert {pool.state(page) for page in loan.pages} == {PageState.FILLING}
-    assert pool.available_pages == 3
-    for _ in range(2):
-        loan.give_back()
-        assert (pool.available_pages, pool.held_pages) == (8, 0)
-    # Whoever still reads them finds that they are not the ones that were lent.
-    assert all(pool.generation(page) == ref.generation + 1 for page, ref in zip(loan.pages, refs, strict=True))
+from kvstore.pool import PagePool
+from protos.v1 import worker_pb2
+from worker.service import WorkerService
 
 
-def test_more_than_there_is_is_not_lent():
-    pool = PagePool(8)
-    loan = Loan()
-    loan.give_back()
-    with pytest.raises(OutOfPages):
-        loan.take(pool, 9)
-    loan.give_back()
-    assert pool.available_pages == 8
+class Loop:
+    """Does at once what it is asked for."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._role = SimpleNamespace(pool=pool)
+
+    def ask(self, act) -> Future:
+        done: Future = Future()
+        done.set_result(act(self._role))
+        return done
+
+    def post(self, act) -> None:
+        act()
+
+
+async def test_a_loan_ends_when_its_caller_forgets_it(monkeypatch):
+    monkeypatch.setattr("worker.service.LOAN_S", 0.05)
+    pool, ends = PagePool(8), []
+    service = WorkerService(Loop(pool), None, worker_pb2.WorkerDescription, lambda: None)
+    context = SimpleNamespace(add_done_callback=ends.append)
+    async with asyncio.timeout(10):
+        loans = [loan async for loan in service.Lend(worker_pb2.LendRequest(pages=3), context)]
+    assert [len(loan.pages) for loan in loans] == [3]
+    assert pool.held_pages == 3
+    ends[0](None)  # the call is over, as gRPC says then
+    assert pool.held_pages == 0

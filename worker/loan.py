@@ -5,6 +5,7 @@ from protos.errors import InvalidRequest
 from protos.v1 import worker_pb2
 
 MOST_LENT = 1024  # pages
+LOAN_S = 120.0  # time enough for one test
 
 
 class Loan:

@@ -15,7 +15,7 @@ class PullRates:
     def add(self, transport: str, moved: int, seconds: float) -> None:
         """Count a pull that brought all its pages."""
         squares, products = self._sums.get(transport, (0.0, 0.0))
-        sums = _FADE * squares + float(moved) * moved, _FADE * products + moved * seconds
+        sums = _FADE * squares + moved * moved, _FADE * products + moved * seconds
         if sums[1] > 0.0:
             self._sums[transport] = sums
             self.by_transport = self.by_transport | {transport: sums[0] / sums[1]}

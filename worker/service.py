@@ -12,7 +12,7 @@ from protos.v1 import worker_pb2, worker_pb2_grpc
 from rpc import status
 from worker.follow_buffer import FollowBuffer
 from worker.followers import Followers
-from worker.loan import Loan, check_pages
+from worker.loan import LOAN_S, Loan, check_pages
 from worker.loop import WorkerLoop
 from worker.outbox import Outbox
 from worker.page_checksums import PageChecksums
@@ -88,7 +88,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Lend(
         self, request: worker_pb2.LendRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[worker_pb2.LendResponse]:
-        """Pages for a test, until the caller hangs up."""
+        """Pages for a test, until the caller hangs up or has had time enough for one."""
         loan = Loan()
         context.add_done_callback(lambda _: self._give_back(loan))  # type: ignore[arg-type]  # as above
         try:
@@ -97,7 +97,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except DiptychError as error:
             await status.abort(context, error)
         yield worker_pb2.LendResponse(source=self._describe().source, pages=refs)
-        await asyncio.Event().wait()  # until this call is cancelled
+        await asyncio.sleep(LOAN_S)
 
     async def Measure(
         self, request: worker_pb2.MeasureRequest, context: grpc.aio.ServicerContext[Any, Any]
