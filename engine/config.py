@@ -12,7 +12,7 @@ class EngineConfig:
     """
 
     page_size: int = 64
-    num_pages: int = 0
+    num_pages: int = 0  # as many as gpu_memory has room for; on a CPU 256
     gpu_memory: float = 0.9  # share of its GPU's memory that the worker may take
     token_budget: int = 0  # most tokens in one step, prefill chunks and decode rows together
     max_sequences: int = 0  # most sequences in one step
